@@ -7,6 +7,7 @@ A trace is one structured array of dtype `TRACE_EVENT`, in any order of time. It
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Self
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class TraceKind(IntEnum):
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> TraceKind:
+    def __new__(cls, value: int, meaning: str) -> Self:
         member = int.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning
