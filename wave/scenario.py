@@ -1,0 +1,470 @@
+"""Scenario: one TOML file that describes an experiment in any world: who serves whom, over which link, under which load, by which policies.
+
+`load_scenario("rocksdb")` reads a shipped scenario, `load_scenario("my.toml")` a file; `settings` override keys by dotted name.
+Units are in the names of keys (`_ns`, `_us`, `_ms`, `_per_s`). A key or value that cannot be is a ConfigError that says what was
+read, where, and what to write instead. `Scenario.origin` tells where each value came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from waveos.errors import ConfigError
+
+MITIGATIONS = ("wb", "wc_wt", "prestage", "prefetch")
+"""The four mitigations of a slow link, in the order in which the Wave paper adds them (specs/wave.md, Annex A)."""
+
+_Positive = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Part(BaseModel):
+    """A table of the scenario. Unknown keys are errors, numbers are numbers (no "5" for 5), and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Service(_Part):
+    """How long a request computes. One of the forms below; `fixed_us` may also stand beside another form and is added to it."""
+
+    samples: str | None = Field(default=None, description='measured service times: "file.csv", "file.npz:name" or "rocksdb:get"')
+    fixed_us: Annotated[float, Field(ge=0)] | None = Field(default=None, description="a number of microseconds, 0 or more")
+    exponential_us: _Positive | None = Field(default=None, description="mean, a number of microseconds above 0")
+    erlang_us: _Positive | None = Field(default=None, description="mean, a number of microseconds above 0")
+    stages: Annotated[int, Field(ge=1)] | None = Field(default=None, description="stages of the Erlang distribution, a whole number from 1")
+    hyperexponential_us: list[_Positive] | None = Field(default=None, description="a list of means, in microseconds, each above 0")
+    shares: list[_Share] | None = Field(default=None, description="how often each of the means is drawn; they add up to 1")
+    lognormal_us: _Positive | None = Field(default=None, description="mean, a number of microseconds above 0")
+    sigma: _Positive | None = Field(default=None, description="standard deviation of the logarithm, a number above 0")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Service:
+        forms = [name for name in ("samples", "exponential_us", "erlang_us", "hyperexponential_us", "lognormal_us") if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise ValueError(f"{' and '.join(forms)} exclude each other: give one")
+        if not forms and not self.fixed_us:
+            raise ValueError("no service time is given: write one of fixed_us (above 0), exponential_us, erlang_us, hyperexponential_us, lognormal_us, samples")
+        for owner, partner in (("erlang_us", "stages"), ("hyperexponential_us", "shares"), ("lognormal_us", "sigma")):
+            if (getattr(self, owner) is None) != (getattr(self, partner) is None):
+                raise ValueError(f"{owner} and {partner} go together: give both or neither")
+        if self.hyperexponential_us is not None and self.shares is not None:
+            if len(self.shares) != len(self.hyperexponential_us):
+                raise ValueError(f"{len(self.hyperexponential_us)} means in hyperexponential_us but {len(self.shares)} shares: one share for each mean")
+            _adds_up("shares", self.shares)
+        return self
+
+    @property
+    def form(self) -> str:
+        """The random part: "samples", "exponential", "erlang", "hyperexponential", "lognormal", or "fixed" where nothing is random."""
+        for name in ("samples", "exponential_us", "erlang_us", "hyperexponential_us", "lognormal_us"):
+            if getattr(self, name) is not None:
+                return name.removesuffix("_us")
+        return "fixed"
+
+
+class RequestClass(_Part):
+    """One kind of request."""
+
+    name: str = Field(min_length=1, description="a name")
+    share: _Share = Field(default=1.0, description="its part of all requests, above 0 and at most 1")
+    service: Service = Field(description="a service time, as {fixed_us = 10}")
+    slo_us: Annotated[float, Field(ge=0)] = Field(default=0.0, description="what it should be done by after arrival, a number of microseconds; 0 means none")
+    qos: Annotated[int, Field(ge=0, le=255)] = Field(default=0, description="quality-of-service class, a whole number 0..255; the higher goes first")
+
+
+class Trace(_Part):
+    """Arrivals from a file instead of a random process."""
+
+    trace: str = Field(description="a CSV file with the columns time_ns, class, service_ns")
+
+
+class Workload(_Part):
+    """Open-loop arrivals and what they ask for. Loads are absolute or a share of what the workers could serve at no cost at all."""
+
+    arrivals: Literal["poisson"] | Trace = Field(default="poisson", description='"poisson" or {trace = "file.csv"}')
+    loads_per_s: list[_Positive] = Field(default=[], description="a list of offered loads, in requests per second, each above 0")
+    loads_share: list[_Positive] = Field(default=[], description="a list of offered loads, as shares of workers / mean service time, each above 0")
+    classes: list[RequestClass] = Field(min_length=1, max_length=255, description="one [[workload.classes]] table for each kind of request")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Workload:
+        if self.loads_per_s and self.loads_share:
+            raise ValueError("loads_per_s and loads_share exclude each other: give one (and set the other to [])")
+        if not self.loads_per_s and not self.loads_share and self.arrivals == "poisson":
+            raise ValueError("no load is given: write loads_per_s = [20000, 40000] or loads_share = [0.2, 0.5, 0.8]")
+        names = [each.name for each in self.classes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two classes have the same name; the names are {', '.join(names)}")
+        _adds_up("the classes' shares", [each.share for each in self.classes])
+        return self
+
+
+class Host(_Part):
+    """The machine that acts: its cores' costs (a profile) and how much of it serves."""
+
+    profile: str = Field(default="server", description="a host profile's name or TOML file")
+    workers: Annotated[int, Field(ge=1, le=1023)] = Field(default=8, description="CPUs that serve requests, a whole number 1..1023")
+    threads: Annotated[int, Field(ge=1, le=65_536)] = Field(default=4096, description="threads of the application, a whole number 1..65536")
+
+
+class LinkPart(_Part):
+    """What joins host and IPU."""
+
+    profile: str = Field(default="mount-evans", description="a link profile's name or TOML file")
+    mitigations: list[Literal["wb", "wc_wt", "prestage", "prefetch"]] = Field(
+        default=list(MITIGATIONS), description="a list out of " + ", ".join(f'"{name}"' for name in MITIGATIONS)
+    )
+
+
+class Agent(_Part):
+    """The process that runs the policy. A cost is for a core of the host's speed; `speed` says how much slower an IPU core is."""
+
+    message_ns: Literal["measured"] | Annotated[float, Field(ge=0)] = Field(
+        default="measured", description='"measured" on this machine, or nanoseconds a message, 0 or more'
+    )
+    speed: Literal["profile"] | _Positive = Field(default="profile", description='"profile", or the IPU core\'s speed as a share of a host core\'s, above 0')
+
+
+class Policies(_Part):
+    """Which policies run, and their parameters."""
+
+    names: list[str] = Field(default=["fifo", "shinjuku", "shinjuku_mq"], min_length=1, description='a list of policies, as ["fifo", "my_policy.py"]')
+    params: dict[str, dict[str, bool | int | float]] = Field(default={}, description="a table of parameters for each policy")
+
+
+class Run(_Part):
+    """How long, how often, and from which seed."""
+
+    seed: Annotated[int, Field(ge=0)] = Field(default=1, description="a whole number, 0 or more")
+    duration_ms: _Positive = Field(default=1000.0, description="virtual milliseconds that count, a number above 0")
+    warmup_ms: Annotated[float, Field(ge=0)] = Field(default=100.0, description="virtual milliseconds before counting, 0 or more")
+    replications: Annotated[int, Field(ge=1, le=100)] = Field(default=3, description="seeds a saturation is measured with, a whole number 1..100")
+    resolution_share: Annotated[float, Field(gt=0, le=0.5)] = Field(default=0.01, description="how fine saturation is searched, as a share of it")
+
+
+class Goal(_Part):
+    """What a class's latency must not exceed for a load to count as served."""
+
+    mean_us: _Positive | None = Field(default=None, description="a number of microseconds above 0")
+    p50_us: _Positive | None = Field(default=None, description="a number of microseconds above 0")
+    p99_us: _Positive | None = Field(default=None, description="a number of microseconds above 0")
+    p999_us: _Positive | None = Field(default=None, description="a number of microseconds above 0")
+    p50_x_mean: _Positive | None = Field(default=None, description="a multiple of the class's mean service time, above 0")
+    p99_x_mean: _Positive | None = Field(default=None, description="a multiple of the class's mean service time, above 0")
+    p999_x_mean: _Positive | None = Field(default=None, description="a multiple of the class's mean service time, above 0")
+
+
+class Scenario(_Part):
+    """The whole experiment. `base` is the folder that relative file names start from."""
+
+    name: str = Field(default="", description="a name for reports; the file's by default")
+    about: str = Field(default="", description="one sentence on what it is for")
+    host: Host = Field(default_factory=Host, description="a [host] table")
+    link: LinkPart = Field(default_factory=LinkPart, description="a [link] table")
+    agent: Agent = Field(default_factory=Agent, description="an [agent] table")
+    workload: Workload = Field(description="a [workload] table with loads and classes")
+    policies: Policies = Field(default_factory=Policies, description="a [policies] table")
+    run: Run = Field(default_factory=Run, description="a [run] table")
+    objective: dict[str, Goal] = Field(default={}, description="a table of goals for each class")
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+    _base: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _objective_names_classes(self) -> Scenario:
+        names = [each.name for each in self.workload.classes]
+        for name in self.objective:
+            if name not in names:
+                raise ValueError(f"objective.{name}: no such class{_nearest(name, names)}")
+        return self
+
+    @property
+    def base(self) -> Path:
+        """The folder from which the scenario's relative file names start."""
+        return self._base
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where each value came from, by dotted key: "default", the file, or the flag that set it."""
+        return {key: _lookup_origin(self._origin, key) for key, _ in flatten(self.model_dump())}
+
+
+def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()) -> Scenario:
+    """The scenario of a shipped `name` or of a TOML file, with `settings` over it.
+
+    A setting is `"key=value"` as after `--set` (the key dotted, classes by name or number, the value as in TOML, quotes optional) or
+    `(key, value, origin)` from another flag. Raises ConfigError for whatever cannot be, with file, line, key and remedy.
+    """
+    path = find_scenario(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"scenario {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"scenario {path} is not valid TOML: {error}") from None
+    origin = dict.fromkeys((key for key, _ in flatten(raw)), str(path))
+    for setting in settings:
+        key, value, flag = _parse_setting(setting) if isinstance(setting, str) else setting
+        for old in [old for old in origin if old.startswith(key + ".")]:
+            del origin[old]
+        origin.update(dict.fromkeys((inner for inner, _ in flatten(value, key)), flag))
+        _assign(raw, key, value, flag)
+    scenario = check_scenario(raw, source=str(path), text=text, origin=origin)
+    scenario._base = path.parent
+    scenario._origin = origin
+    return scenario if scenario.name else scenario.model_copy(update={"name": path.stem})
+
+
+def check_scenario(raw: Mapping[str, Any], *, source: str = "scenario", text: str = "", origin: Mapping[str, str] | None = None) -> Scenario:
+    """The scenario that the dictionary describes. Raises ConfigError; `source`, `text` and `origin` help it say where."""
+    try:
+        return Scenario.model_validate(raw)
+    except ValidationError as errors:
+        found = _distinct(errors, raw)
+        path, explanation = found[0]
+        more = f" ({len(found) - 1} more after this one)" if len(found) > 1 else ""
+        raise ConfigError(f"{_place(path, raw, source, text, origin or {})}: {explanation}{more}") from None
+
+
+def scenario_folders() -> list[Path]:
+    """Where scenarios are looked for by name: `scenarios/` here, then those that came with Wave."""
+    shipped = find_spec("waveos.scenarios")
+    folders = [Path("scenarios"), *(Path(each) for each in (shipped.submodule_search_locations or [] if shipped else []))]
+    return [*folders, Path(__file__).resolve().parent.parent / "scenarios"]
+
+
+def scenario_names() -> list[str]:
+    """Names that `load_scenario` knows."""
+    return sorted({path.stem for folder in scenario_folders() for path in folder.glob("*.toml")})
+
+
+def find_scenario(name: str) -> Path:
+    """The file of a scenario's name or path. Raises ConfigError if there is none."""
+    if name.endswith(".toml") or "/" in name:
+        if Path(name).is_file():
+            return Path(name)
+        raise ConfigError(f"there is no scenario file {name!r}; names of shipped ones: {', '.join(scenario_names())}")
+    for folder in scenario_folders():
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = scenario_names()
+    raise ConfigError(f"there is no scenario {name!r}{_nearest(name, known)}; known: {', '.join(known)}; or give a path to a .toml file")
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested tables as (dotted key, value). Tables in a list go by their `name`, or number; a list of plain values is a leaf."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for number, inner in enumerate(value):
+            yield from flatten(inner, f"{prefix}.{inner.get('name', number) if isinstance(inner, Mapping) else number}")
+    else:
+        yield prefix, value
+
+
+def explain_key(key: str, value: Any, allowed: Sequence[str]) -> str:
+    """What to write instead of an unknown key: the same quantity in the unit that is meant, or the nearest name."""
+    stem = _split_unit(key)[0]
+    for candidate in allowed:
+        candidate_stem, unit = _split_unit(candidate)
+        if unit and candidate_stem == stem:
+            amount = _convert(value, key, candidate)
+            return f"unknown key `{key}`; the key is `{candidate}`, {_UNIT_WORDS[unit]}" + (f": write {candidate} = {amount}" if amount else "")
+    return f"unknown key `{key}`{_nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+
+
+def explain_value(key: str, value: Any, wanted: str) -> str:
+    """Why a value does not fit its key, with the number in the key's unit if the value has a unit of its own ("30ms")."""
+    amount = _convert(value, "", key) if isinstance(value, str) else ""
+    return f"{key} = {_show(value)}: " + (f"the unit is in the key's name; write {key} = {amount}" if amount else f"wants {wanted}")
+
+
+# ── how errors are explained ─────────────────────────────────────────────────────────────────────────────────────────
+
+_UNIT_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+_UNIT_WORDS = {"ns": "in nanoseconds", "us": "in microseconds", "ms": "in milliseconds", "s": "in seconds", "per_s": "per second", "share": "as a share of 1"}
+_QUANTITY = re.compile(r"\s*([-+]?[0-9][0-9_]*(?:\.[0-9]+)?)\s*(ns|us|µs|μs|ms|s|sec|k/s|/s|%)\s*$")
+
+
+def _split_unit(key: str) -> tuple[str, str]:
+    for unit in ("per_s", "share", "ns", "us", "ms", "s"):
+        if key.endswith("_" + unit):
+            return key[: -len(unit) - 1], unit
+    return key, ""
+
+
+def _convert(value: Any, key: str, target: str) -> str:
+    """`value` of `key` in the unit of the key `target`, as text; empty if there is no saying."""
+    unit, wanted = _split_unit(key)[1], _split_unit(target)[1]
+    if isinstance(value, str):
+        match = _QUANTITY.match(value)
+        if not match:
+            return ""
+        value, unit = float(match[1]), {"µs": "us", "μs": "us", "sec": "s"}.get(match[2], match[2])
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if unit in _UNIT_NS and wanted in _UNIT_NS:
+        return f"{value * _UNIT_NS[unit] / _UNIT_NS[wanted]:.12g}"
+    scale = {("/s", "per_s"): 1.0, ("k/s", "per_s"): 1000.0, ("%", "share"): 0.01}.get((unit, wanted))
+    return f"{value * scale:.12g}" if scale else ""
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _adds_up(what: str, shares: Sequence[float]) -> None:
+    if abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"{what} add up to {sum(shares):.6g}; they must add up to 1")
+
+
+def _distinct(errors: ValidationError, raw: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+    """One (path, explanation) for each place that is wrong: the branches of a union are one place."""
+    found: dict[tuple[str | int, ...], str] = {}
+    for error in errors.errors():
+        path, value, missing = _walk(raw, error["loc"])
+        key = str(path[-1]) if path else ""
+        owner, field = _field(path)
+        if error["type"] == "extra_forbidden":
+            text = explain_key(key, value, list(owner.model_fields) if owner else [])
+        elif error["type"] == "value_error":
+            text = str(error["ctx"]["error"])
+        elif missing:
+            text = f"{key} is missing; it wants {field}"
+        else:
+            name = next((str(each) for each in reversed(path) if isinstance(each, str)), "value")
+            text = explain_value(name, value, field or error["msg"].lower())
+        found.setdefault(path, text)
+    return list(found.items())
+
+
+def _walk(raw: Any, loc: tuple[str | int, ...]) -> tuple[tuple[str | int, ...], Any, bool]:
+    """The part of an error's location that exists in the file, the value there, and whether a key is missing at that place.
+
+    Pydantic appends the names of union branches to a location; they are dropped here.
+    """
+    value: Any = raw
+    for depth, step in enumerate(loc):
+        inside = (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int) and step < len(value))
+        if not inside:
+            owner, _ = _field((*loc[:depth], step))
+            if isinstance(value, Mapping) and owner is not None and step in owner.model_fields:
+                return (*loc[:depth], step), None, True
+            return loc[:depth], value, False
+        value = value[step]
+    return loc, value, False
+
+
+def _field(path: tuple[str | int, ...]) -> tuple[type[BaseModel] | None, str]:
+    """The model that owns the last key of a path, and the description of that key's field."""
+    owner: Any = None
+    kind: Any = Scenario
+    wanted = ""
+    for step in path:
+        model = _model_in(kind)
+        if isinstance(step, str) and model is not None and step in model.model_fields:
+            owner, wanted, kind = model, model.model_fields[step].description or "", model.model_fields[step].annotation
+        elif isinstance(step, str) and model is not None and get_origin(kind) is not dict:
+            owner, wanted, kind = model, "", None
+        else:
+            owner, kind = model, next(iter(get_args(kind)[-1:]), None)
+    return owner, wanted
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    if get_origin(kind) is Union or type(kind).__name__ == "UnionType":
+        return next((model for each in get_args(kind) if (model := _model_in(each))), None)
+    return None
+
+
+def _place(path: tuple[str | int, ...], raw: Any, source: str, text: str, origin: Mapping[str, str]) -> str:
+    """File, line (where the key stands only once) and dotted key; or the flag, if the value came from one."""
+    dotted = ".".join(_named_steps(path, raw))
+    flag = next((flag for key, flag in origin.items() if flag != source and f"{key}.".startswith(f"{dotted}.")), "") or _lookup_origin(origin, dotted)
+    if flag not in ("", "default", source):
+        return f"{flag}: {dotted}"
+    key = next((step for step in reversed(path) if isinstance(step, str)), "")
+    pattern = re.compile(rf"(^|[\s{{,]){re.escape(key)}\s*=|^\s*\[+[\w.]*\b{re.escape(key)}\]")
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if key and pattern.search(line)]
+    return f"{source}{f':{lines[0]}' if len(lines) == 1 else ''}" + (f": {dotted}" if path else "")
+
+
+def _named_steps(path: Sequence[str | int], raw: Any) -> Iterator[str]:
+    """The path with tables of a list by their name; a number within a list of values is left out."""
+    for step in path:
+        try:
+            raw = raw[step]
+        except (KeyError, IndexError, TypeError):
+            raw = None
+        if not isinstance(step, int):
+            yield step
+        elif isinstance(raw, Mapping):
+            yield str(raw.get("name", step))
+
+
+# ── how settings are applied ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_value(text: str) -> Any:
+    """A value as in TOML; what is not TOML is a list at commas, else a string, so that `fifo,shinjuku` needs no quotes."""
+    for form in (f"value = {text}", f"value = [{text}]" if "," in text else ""):
+        try:
+            return tomllib.loads(form)["value"]
+        except (tomllib.TOMLDecodeError, KeyError):
+            continue
+    return [parse_value(each.strip()) for each in text.split(",")] if "," in text and not text.startswith(("{", "[")) else text
+
+
+def _parse_setting(setting: str) -> tuple[str, Any, str]:
+    key, found, value = setting.partition("=")
+    if not found or not key.strip():
+        raise ConfigError(f"--set {setting}: wants key=value, as --set run.seed=7")
+    return key.strip(), parse_value(value.strip()), "--set"
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any, flag: str) -> None:
+    steps = key.split(".")
+    place: Any = raw
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(place, list):
+            number = next((index for index, each in enumerate(place) if isinstance(each, Mapping) and each.get("name") == step), None)
+            if number is None and step.isdigit() and int(step) < len(place):
+                number = int(step)
+            if number is None:
+                names = [str(each.get("name", index)) for index, each in enumerate(place) if isinstance(each, Mapping)]
+                raise ConfigError(f"{flag} {key}: no `{step}` in {'.'.join(steps[:depth])}{_nearest(step, names)}; there are {', '.join(names)}")
+            if last:
+                place[number] = value
+            place = place[number]
+        elif isinstance(place, dict):
+            if last:
+                place[step] = value
+            place = place.setdefault(step, {})
+        else:
+            raise ConfigError(f"{flag} {key}: {'.'.join(steps[:depth])} is a value, not a table")
+
+
+def _lookup_origin(origin: Mapping[str, str], key: str) -> str:
+    steps = key.split(".")
+    for depth in range(len(steps), 0, -1):
+        if (found := origin.get(".".join(steps[:depth]))) is not None:
+            return found
+    return "default"
