@@ -1,0 +1,67 @@
+"""numba's decorators with types, so that strict checking sees through them; and the address tricks the compiled parts share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jit(function: F) -> F:
+    """Compile without Python objects and without the GIL, once; the result is kept on disk beside the source."""
+    compiled: F = njit(cache=True, nogil=True)(function)
+    return compiled
+
+
+def jitable(function: F) -> F:
+    """Let compiled code call this function; called from Python it stays plain Python."""
+    plain: F = register_jitable(function)
+    return plain
+
+
+def jitable_inline(function: F) -> F:
+    """As `jitable`, and copied into its caller before types are known."""
+    plain: F = register_jitable(inline="always")(function)
+    return plain
+
+
+def jit_wanted() -> bool:
+    """False when WAVE_JIT=0: policies then run as plain Python."""
+    return os.environ.get("WAVE_JIT", "1") != "0"
+
+
+@intrinsic
+def as_pointer(_context: Any, _address: Any) -> Any:
+    """An address as a void pointer, for carray."""
+    return types.voidptr(types.int64), lambda _c, builder, _s, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+
+
+@intrinsic
+def call_dispatch(_context: Any, _function: Any, _state: Any, _message: Any, _orders: Any) -> Any:
+    """Call `int64 dispatch(int64 state, int64 message, int64 orders)` at an address, so that no engine is compiled anew for a policy."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(args[0], ir.FunctionType(word, [word] * 3).as_pointer())
+        return builder.call(pointer, args[1:])
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_word(_context: Any, _address: Any, _value: Any) -> Any:
+    """Store a 64-bit word at an address that another process watches; 0 as address: nothing is watched."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        with builder.if_then(builder.icmp_unsigned("!=", args[0], ir.Constant(ir.IntType(64), 0))):
+            pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+            builder.store_atomic(args[1], pointer, "monotonic", 8)
+
+    return types.void(types.int64, types.int64), generate

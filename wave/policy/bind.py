@@ -1,0 +1,222 @@
+"""From a policy class to something that can be called: its state as one block of memory, and `dispatch` at an address.
+
+Compiled, `dispatch` is generated, compiled by numba to a C function and kept on disk under a name that hashes everything it is made of.
+With WAVE_JIT=0, or `compiled=False`, the same handlers run as plain Python behind a ctypes callback with the same signature.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numba import carray, cfunc, njit, types
+from numba.core.errors import NumbaError
+
+from waveos.errors import PolicyError
+from waveos.jit import as_pointer, jit_wanted
+from waveos.output import write_atomically
+from waveos.paths import cache_dir
+from waveos.sched.orders import ORDERS
+from waveos.sched.records import MESSAGE
+
+if TYPE_CHECKING:
+    from waveos.policy.policy import Policy
+
+RAISED = 1
+_SIGNATURE = types.int64(types.int64, types.int64, types.int64)
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass
+class Bound:
+    """A policy ready to run. `address` is `int64 dispatch(int64 state, int64 message, int64 orders)`; nonzero means that a handler raised."""
+
+    policy: type[Policy]
+    state: np.ndarray[Any, Any]  # one structured record: parameters, `cpus`, declared state
+    initial: np.ndarray[Any, Any]  # what `state` is after a resync
+    address: int
+    handlers: int  # bit t set: there is a handler for message type t
+    keep: Any  # what the address points into
+    failure: list[str]  # traceback of a plain handler that raised
+
+    @property
+    def state_address(self) -> int:
+        return int(self.state.ctypes.data)
+
+    def explain(self, message: np.ndarray[Any, Any]) -> str:
+        """Why the handler of `message` raised, found by running it once more as plain Python on a copy of the state."""
+        if self.failure:
+            return self.failure[-1]
+        name = _handler_name(self.policy, int(message["type"][0]))
+        try:
+            self.policy.handlers[name](_plain(self.state.copy()), _plain(message.copy()), _plain(np.zeros(1, ORDERS)))
+        except Exception as error:
+            return _last_line(error)
+        return "run it with WAVE_JIT=0 for the traceback"
+
+
+def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
+    """Memory and entry point for one user of `policy`."""
+    dtype = _state_dtype(policy)
+    state = np.zeros(1, dtype)
+    state["cpus"] = n_cpus
+    for key, value in params.items():
+        state[key] = value
+    handlers = sum(1 << code for name, code in policy.subsystem.HANDLERS.items() if name in policy.handlers)
+    failure: list[str] = []
+    if policy.compiled and jit_wanted():
+        keep: Any = _compile(policy, dtype)
+        address = int(keep.address)
+    else:
+        keep = _interpret(policy, dtype, failure)
+        address = int(ctypes.cast(keep, ctypes.c_void_p).value or 0)
+    return Bound(policy, state, state.copy(), address, handlers, keep, failure)
+
+
+def _state_dtype(policy: type[Policy]) -> np.dtype[Any]:
+    """Parameters as float64 unless all are whole numbers, which stay integers; then the declared state."""
+    scalars = [("cpus", "i8"), *((name, "i8" if isinstance(value, int) else "f8") for name, value in policy.params.items())]
+    return np.dtype([*scalars, *policy.fields.items()], align=True)
+
+
+def _handler_name(policy: type[Policy], code: int) -> str:
+    return next(name for name, value in policy.subsystem.HANDLERS.items() if value == code)
+
+
+def _compile(policy: type[Policy], dtype: np.dtype[Any]) -> Any:
+    arms = "".join(
+        f"        {'elif' if i else 'if'} kind == {policy.subsystem.HANDLERS[name]}:\n            {name}(s, m, t)\n" for i, name in enumerate(policy.handlers)
+    )
+    source = (
+        f'"""Generated from policy {policy.name!r}."""\n\n'
+        "def dispatch(state, message, orders):\n"
+        "    s = carray(as_pointer(state), 1, STATE)[0]\n"
+        "    m = carray(as_pointer(message), 1, MESSAGE)[0]\n"
+        "    t = carray(as_pointer(orders), 1, ORDERS)[0]\n"
+        "    kind = m.type\n"
+        "    try:\n" + arms + "    except Exception:\n        return 1\n    return 0\n"
+    )
+    path = cache_dir("policies") / f"{policy.name}_{_fingerprint(policy, source, dtype)}.py"
+    if not path.exists():
+        write_atomically(path, source)
+    space: dict[str, Any] = {"carray": carray, "as_pointer": as_pointer, "STATE": dtype, "MESSAGE": MESSAGE, "ORDERS": ORDERS}
+    space.update({name: njit(handler) for name, handler in policy.handlers.items()})
+    exec(compile(source, str(path), "exec"), space)  # the text just made above
+    try:
+        return cfunc(_SIGNATURE, cache=True)(space["dispatch"])
+    except NumbaError as error:
+        raise PolicyError(f"policy {policy.name!r} cannot be compiled: {_numba_says(error)}; WAVE_JIT=0 runs it as plain Python") from error
+
+
+def _numba_says(error: NumbaError) -> str:
+    """The innermost reason and place of numba's long message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    place = next((line for line in reversed(lines) if line.startswith('File "')), "")
+    reason = next((line for line in lines if not line.startswith(("Failed in", "During", "-", "File"))), lines[0] if lines else "unknown reason")
+    return f"{reason} {place}".strip()
+
+
+def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str:
+    """A hash of all that goes into the compiled code: the handlers, what they call, the records, numba's and this layout's version."""
+    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {source} {dtype.descr} {MESSAGE.fields} {ORDERS.descr}".encode())
+    seen: set[int] = set()
+
+    def add(function: Callable[..., Any]) -> None:
+        function = getattr(function, "py_func", function)
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            return
+        seen.add(id(function))
+        _add_code(digest, function.__code__)
+        digest.update(repr(function.__defaults__).encode())
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, (int, float, str, tuple)):
+                digest.update(f"{name}={value!r}".encode())
+            elif callable(value):
+                add(value)
+            elif hasattr(value, "__name__"):  # a module: what is called through it
+                for inner in _names(function.__code__):
+                    called = getattr(value, inner, None)
+                    if isinstance(called, (int, float)):
+                        digest.update(f"{inner}={called!r}".encode())
+                    elif callable(called):
+                        add(called)
+
+    for handler in policy.handlers.values():
+        add(handler)
+    return digest.hexdigest()[:16]
+
+
+def _names(code: CodeType) -> list[str]:
+    return sorted(set(code.co_names))
+
+
+def _add_code(digest: Any, code: CodeType) -> None:
+    digest.update(code.co_code)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _add_code(digest, constant)
+        else:
+            digest.update(repr(constant).encode())
+
+
+def _plain_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The same layout with attribute access at every level."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return np.dtype((_plain_dtype(base), shape))
+    if dtype.fields is None:
+        return dtype
+    names = list(dtype.names or ())
+    layout = {
+        "names": names,
+        "formats": [_plain_dtype(dtype.fields[name][0]) for name in names],
+        "offsets": [dtype.fields[name][1] for name in names],
+        "itemsize": dtype.itemsize,
+    }
+    return np.dtype((np.record, np.dtype(layout)))  # type: ignore[call-overload,no-any-return]
+
+
+def _plain(record: np.ndarray[Any, Any]) -> Any:
+    return record.view(_plain_dtype(record.dtype)).view(np.recarray)[0]
+
+
+def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -> Any:
+    """The handlers as they stand, behind a C callback. What they raise is kept and told by the one who runs them."""
+    views: dict[tuple[int, int], Any] = {}
+    arms = {code: policy.handlers[name] for name, code in policy.subsystem.HANDLERS.items() if name in policy.handlers}
+
+    def at(address: int, layout: np.dtype[Any]) -> Any:
+        key = (address, layout.itemsize)
+        if key not in views:
+            block = (ctypes.c_char * layout.itemsize).from_address(address)
+            views[key] = _plain(np.frombuffer(block, layout))
+        return views[key]
+
+    def dispatch(state: int, message: int, orders: int) -> int:
+        try:
+            msg = at(message, MESSAGE)
+            arms[int(msg.type)](at(state, dtype), msg, at(orders, ORDERS))
+        except BaseException as error:  # nothing may pass through the C frame
+            failure.append(_last_line(error))
+            if os.environ.get("WAVE_DEBUG"):
+                traceback.print_exc()
+            return RAISED
+        return 0
+
+    return _CALLBACK(dispatch)
+
+
+def _last_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next((f for f in reversed(frames) if "waveos" not in f.filename and Path(f.filename).name not in ("state.py", "orders.py")), frames[-1])
+    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"

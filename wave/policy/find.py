@@ -1,0 +1,65 @@
+"""Where policies come from: the entry-point group `waveos.policies`, or a Python file."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from waveos.errors import PolicyError
+from waveos.names import nearest
+from waveos.policy.policy import Policy
+
+GROUP = "waveos.policies"
+
+
+def policy_names() -> list[str]:
+    """Names of all installed policies, sorted."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def load_policy(name: str) -> type[Policy]:
+    """The policy called `name`: an installed one, `path/to/file.py`, or `path/to/file.py:Class`. Raises PolicyError with what is there instead."""
+    if ".py" in name:
+        return _from_file(name)
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            try:
+                found = entry.load()
+            except PolicyError:
+                raise
+            except Exception as error:
+                raise PolicyError(f"policy {name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}") from error
+            if not (isinstance(found, type) and issubclass(found, Policy)):
+                raise PolicyError(f"entry point {name!r} names {entry.value}, which is not a Policy class")
+            return found
+    raise PolicyError(f"no policy {name!r}{nearest(name, policy_names())}; installed: {', '.join(policy_names())}; or give a file: ./{name}.py")
+
+
+def _from_file(name: str) -> type[Policy]:
+    file, _, wanted = name.partition(".py")
+    path = Path(file + ".py").expanduser().resolve()
+    if not path.is_file():
+        raise PolicyError(f"no policy file {path}")
+    spec = importlib.util.spec_from_file_location(f"wave_policy_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except PolicyError:
+        raise
+    except SyntaxError as error:
+        raise PolicyError(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise PolicyError(f"{path}: {type(error).__name__}: {error}") from error
+    classes = {v.__name__: v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == spec.name}
+    wanted = wanted.lstrip(":")
+    if wanted:
+        if wanted not in classes:
+            raise PolicyError(f"{path} has no policy class {wanted!r}{nearest(wanted, classes)}; it has: {', '.join(classes) or 'none'}")
+        return classes[wanted]
+    if len(classes) != 1:
+        raise PolicyError(f"{path} has {len(classes)} policy classes ({', '.join(classes) or 'none'}); name one as {path.name}:Class")
+    return next(iter(classes.values()))

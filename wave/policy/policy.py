@@ -1,0 +1,102 @@
+"""`Policy`: a class whose methods are handlers of messages and whose attributes are its declared state."""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType, ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from waveos.errors import PolicyError
+from waveos.names import nearest
+from waveos.policy.bind import Bound, bind
+
+
+class Param(float):
+    """Annotation of a parameter: `quantum_us: Param = 30`. Without a value it must be given where the policy is used."""
+
+
+class Policy:
+    """Base of all policies. `class Fifo(Policy, subsystem=sched, name="fifo")`; the class docstring's first line describes it.
+
+    A method named as a message type handles it: `(self, msg, txns)`. An attribute is declared state (`ring`, `heap`, `array`, `per_cpu`, `per_thread`)
+    or a `Param`. `self.cpus` is the number of CPUs. `work_conserving=False` says that it may leave a CPU idle while a thread waits;
+    `compiled=False` that it runs as plain Python (for decisions made in milliseconds, not microseconds).
+    """
+
+    name: ClassVar[str]
+    subsystem: ClassVar[ModuleType]
+    compiled: ClassVar[bool]
+    work_conserving: ClassVar[bool]
+    handlers: ClassVar[dict[str, FunctionType]]
+    fields: ClassVar[dict[str, np.dtype[Any]]]
+    params: ClassVar[dict[str, float | None]]
+
+    def __init_subclass__(cls, *, subsystem: ModuleType, name: str, compiled: bool = True, work_conserving: bool = True) -> None:
+        cls.name, cls.subsystem, cls.compiled, cls.work_conserving = name, subsystem, compiled, work_conserving
+        cls.handlers, cls.fields, cls.params = {}, {}, {}
+        for attribute, annotation in inspect.get_annotations(cls).items():
+            if annotation is not Param and annotation != "Param":
+                raise PolicyError(f"{_where(cls, attribute)}: {attribute!r} is annotated {annotation!r}; only `Param` is known")
+            cls.params[attribute] = None
+        for attribute, value in vars(cls).items():
+            if attribute.startswith("__"):
+                continue
+            if attribute in cls.params:
+                cls.params[attribute] = _number(cls, attribute, value)
+            elif isinstance(value, FunctionType):
+                _check_handler(cls, attribute, value)
+                cls.handlers[attribute] = value
+            elif isinstance(value, np.dtype):
+                cls.fields[attribute] = value
+            else:
+                raise PolicyError(
+                    f"{_where(cls, attribute)}: state {attribute!r} is a {type(value).__name__}; "
+                    "declare ring(n), rings(k, n), heap(n), array(n), per_cpu(), per_thread(), or a parameter as `name: Param = value`"
+                )
+        if not cls.handlers:
+            raise PolicyError(f"{_where(cls, 'class')}: policy {name!r} handles no message; known: {', '.join(subsystem.HANDLERS)}")
+
+    @classmethod
+    def bind(cls, *, n_cpus: int, params: dict[str, float] | None = None) -> Bound:
+        """State and entry point for `n_cpus` CPUs, with `params` over the defaults. Raises PolicyError on an unknown or missing parameter."""
+        values = dict(cls.params)
+        for key, value in (params or {}).items():
+            if key not in values:
+                known = ", ".join(values) or "none"
+                raise PolicyError(f"policy {cls.name!r} has no parameter {key!r}{nearest(key, values)}; it has: {known}")
+            values[key] = _number(cls, key, value)
+        for key, given in values.items():
+            if given is None:
+                raise PolicyError(f"policy {cls.name!r} needs parameter {key!r}; give it as policies.params.{cls.name}.{key} in the scenario")
+        return bind(cls, n_cpus, {key: float(value) for key, value in values.items() if value is not None})
+
+
+def _check_handler(cls: type[Policy], attribute: str, function: FunctionType) -> None:
+    line = f"{inspect.getsourcefile(function)}:{function.__code__.co_firstlineno}"
+    known = cls.subsystem.HANDLERS
+    if attribute not in known:
+        raise PolicyError(f"{line}: {attribute!r} is not a message of {_short(cls.subsystem)}{nearest(attribute, known)}; known: {', '.join(known)}")
+    if function.__code__.co_argcount != 3:
+        raise PolicyError(f"{line}: handler {attribute!r} takes {function.__code__.co_argcount} arguments; it gets three: (self, msg, txns)")
+
+
+def _number(cls: type[Policy], key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise PolicyError(f"policy {cls.name!r}: parameter {key!r} is {value!r}; a finite number is needed")
+    return value
+
+
+def _short(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def _where(cls: type[Policy], attribute: str) -> str:
+    """file:line of an attribute in the source of its class, as well as it can be told."""
+    try:
+        lines, first = inspect.getsourcelines(cls)
+        offset = next((n for n, line in enumerate(lines) if line.strip().startswith(attribute)), 0)
+        return f"{inspect.getsourcefile(cls)}:{first + offset}"
+    except (OSError, TypeError):
+        return cls.__qualname__

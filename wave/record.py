@@ -1,0 +1,43 @@
+"""The record: 64 bytes, one cache line, little-endian; what every message, decision and outcome is made of.
+
+A record is a 24-byte header and 40 bytes of payload that the subsystem names. The same bytes travel in every world.
+The first eight bytes are one word: a ring publishes a record by storing that word last.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+VERSION = 1
+RECORD_BYTES = 64
+RECORD_WORDS = RECORD_BYTES // 8
+HEADER_BYTES = 24
+
+HEADER: list[tuple[str, str]] = [
+    ("mark", "<u4"),  # the ring's lap mark; 0 outside a ring
+    ("version", "u1"),  # of the contract; a peer of another version is refused when it attaches
+    ("subsystem", "u1"),
+    ("type", "<u2"),
+    ("seq", "<i8"),  # sequence number: how often the subject (thread, page batch, flow, request) has changed state
+    ("time_ns", "<i8"),  # host time, ns
+]
+WORDS = np.dtype("<i8")
+
+
+def record(payload: list[tuple[str, str]]) -> np.dtype[np.void]:
+    """The dtype of a record with this payload, `[(name, format)]`, at most 40 bytes and naturally aligned.
+
+    Raises ValueError if the payload does not fit or would need padding.
+    """
+    dtype = np.dtype([*HEADER, *payload], align=True)
+    packed = sum(np.dtype(form).itemsize for _, form in [*HEADER, *payload])
+    if dtype.itemsize > RECORD_BYTES or max(dtype.fields[name][1] for name in dtype.names) > packed:  # type: ignore[index,union-attr]
+        raise ValueError(f"a record's payload takes at most {RECORD_BYTES - HEADER_BYTES} bytes without gaps; this one makes {dtype.itemsize}")
+    return np.dtype(
+        {
+            "names": dtype.names,
+            "formats": [dtype.fields[name][0] for name in dtype.names],  # type: ignore[index,union-attr]
+            "offsets": [dtype.fields[name][1] for name in dtype.names],  # type: ignore[index,union-attr]
+            "itemsize": RECORD_BYTES,
+        }
+    )
