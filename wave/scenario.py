@@ -7,7 +7,6 @@ read, where, and what to write instead. `Scenario.origin` tells where each value
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from waveos.errors import ConfigError
+from waveos.names import nearest
 
 MITIGATIONS = ("wb", "wc_wt", "prestage", "prefetch")
 """The four mitigations of a slow link, in the order in which the Wave paper adds them (specs/wave.md, Annex A)."""
@@ -120,7 +120,7 @@ class LinkPart(_Part):
 
     profile: str = Field(default="mount-evans", description="a link profile's name or TOML file")
     mitigations: list[Literal["wb", "wc_wt", "prestage", "prefetch"]] = Field(
-        default=list(MITIGATIONS), description="a list out of " + ", ".join(f'"{name}"' for name in MITIGATIONS)
+        default=["wb", "wc_wt", "prestage", "prefetch"], description="a list out of " + ", ".join(f'"{name}"' for name in MITIGATIONS)
     )
 
 
@@ -182,7 +182,7 @@ class Scenario(_Part):
         names = [each.name for each in self.workload.classes]
         for name in self.objective:
             if name not in names:
-                raise ValueError(f"objective.{name}: no such class{_nearest(name, names)}")
+                raise ValueError(f"objective.{name}: no such class{nearest(name, names)}")
         return self
 
     @property
@@ -256,7 +256,7 @@ def find_scenario(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = scenario_names()
-    raise ConfigError(f"there is no scenario {name!r}{_nearest(name, known)}; known: {', '.join(known)}; or give a path to a .toml file")
+    raise ConfigError(f"there is no scenario {name!r}{nearest(name, known)}; known: {', '.join(known)}; or give a path to a .toml file")
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -279,7 +279,7 @@ def explain_key(key: str, value: Any, allowed: Sequence[str]) -> str:
         if unit and candidate_stem == stem:
             amount = _convert(value, key, candidate)
             return f"unknown key `{key}`; the key is `{candidate}`, {_UNIT_WORDS[unit]}" + (f": write {candidate} = {amount}" if amount else "")
-    return f"unknown key `{key}`{_nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+    return f"unknown key `{key}`{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
 
 
 def explain_value(key: str, value: Any, wanted: str) -> str:
@@ -316,11 +316,6 @@ def _convert(value: Any, key: str, target: str) -> str:
         return f"{value * _UNIT_NS[unit] / _UNIT_NS[wanted]:.12g}"
     scale = {("/s", "per_s"): 1.0, ("k/s", "per_s"): 1000.0, ("%", "share"): 0.01}.get((unit, wanted))
     return f"{value * scale:.12g}" if scale else ""
-
-
-def _nearest(name: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _show(value: Any) -> str:
@@ -450,7 +445,7 @@ def _assign(raw: dict[str, Any], key: str, value: Any, flag: str) -> None:
                 number = int(step)
             if number is None:
                 names = [str(each.get("name", index)) for index, each in enumerate(place) if isinstance(each, Mapping)]
-                raise ConfigError(f"{flag} {key}: no `{step}` in {'.'.join(steps[:depth])}{_nearest(step, names)}; there are {', '.join(names)}")
+                raise ConfigError(f"{flag} {key}: no `{step}` in {'.'.join(steps[:depth])}{nearest(step, names)}; there are {', '.join(names)}")
             if last:
                 place[number] = value
             place = place[number]
