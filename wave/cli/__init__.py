@@ -18,7 +18,10 @@ PIPE_CLOSED = 141
 
 EXIT_CODES = {
     0: "done",
-    **{kind.exit_code: (kind.__doc__ or "").split("\n")[0].rstrip(".") for kind in (WaveError, *sorted(WaveError.__subclasses__(), key=lambda k: k.exit_code))},
+    **{
+        kind.exit_code: (kind.__doc__ or "").split("\n")[0].rstrip(".")
+        for kind in (WaveError, *sorted(WaveError.__subclasses__(), key=lambda k: k.exit_code))
+    },
     BUG: "a bug in Wave",
     INTERRUPTED: "interrupted (Ctrl-C); what was measured is kept",
 }

@@ -1,0 +1,206 @@
+"""`wave doctor`: what of this machine Wave can use, what is missing, why that matters and how to get it.
+
+Only what is marked `base` is needed by the `virtual` world; the rest opens the `local` and `remote` worlds and the benchmarks. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+from waveos.cli.terminal import Json, print_json, print_table
+
+commands = typer.Typer()
+
+BASE_PACKAGES = ("numpy", "numba", "scipy", "pydantic", "typer", "rich", "matplotlib", "jinja2")
+OPTIONAL_PACKAGES = {
+    "rocksdict": ("wave demo measures a real RocksDB with it", "pip install 'waveos[host]'"),
+    "psutil": ("the host's half looks at processes with it", "pip install 'waveos[host]'"),
+    "simpy": ("the peer of wave bench engine", "pip install 'waveos[bench]'"),
+    "zmq": ("a peer of wave bench link", "pip install 'waveos[bench]'"),
+    "iceoryx2": ("a peer of wave bench link", "pip install 'waveos[bench]'"),
+}
+_DISTRIBUTIONS = {"zmq": "pyzmq"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's: what was looked for, what was found, why it matters, and how to get it where it is missing."""
+
+    name: str
+    ok: bool
+    found: str
+    why: str = ""
+    how: str = ""
+    base: bool = False
+
+
+@commands.command("doctor")
+def doctor(as_json: Json = False) -> int:
+    """Say what this machine has and lacks for Wave, and how to get it. Exit code 1 only if the virtual world cannot run."""
+    checks = examine()
+    healthy = all(check.ok for check in checks if check.base)
+    if as_json:
+        print_json({"ok": healthy, "checks": [asdict(check) for check in checks]})
+        return 0 if healthy else 1
+    print_table(
+        ("", "part", "here", "what it is for, and how to get it"),
+        [(_mark(check), check.name, check.found, check.why if check.ok else f"{check.why}: {check.how}") for check in checks],
+    )
+    missing = [check.name for check in checks if not check.ok]
+    if healthy:
+        print("The virtual world runs here." + (f" Missing for more than that: {', '.join(missing)}." if missing else ""))
+    else:
+        print(f"The virtual world cannot run here: {', '.join(check.name for check in checks if check.base and not check.ok)}.")
+    return 0 if healthy else 1
+
+
+def examine(root: Path = Path("/")) -> list[Check]:
+    """All checks, in the order in which they matter. `root` is where /proc, /sys, /lib and /dev are looked for."""
+    checks = [*_python(), *_machine(root), *_kernel(root), *_toolchain(root)]
+    return [check if not check.ok else replace(check, how="") for check in checks]
+
+
+def _python() -> Iterator[Check]:
+    yield Check(
+        "python", sys.version_info >= (3, 11), platform.python_version(), "Wave is written for 3.11 and newer", "install Python >= 3.11", base=True
+    )
+    for package in BASE_PACKAGES:
+        yield _package(package, "Wave does not start without it", "pip install waveos (or make setup)", base=True)
+    for package, (why, how) in OPTIONAL_PACKAGES.items():
+        yield _package(package, why, how)
+
+
+def _package(module: str, why: str, how: str, *, base: bool = False) -> Check:
+    name = _DISTRIBUTIONS.get(module, module)
+    present = find_spec(module) is not None
+    try:
+        version = metadata.version(name) if present else "missing"
+    except metadata.PackageNotFoundError:
+        version = "present"
+    return Check(name, present, version, why, how, base)
+
+
+def _machine(root: Path) -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0))
+    yield Check(
+        "cores",
+        cores >= 2,
+        str(cores),
+        "a polling agent wants a core of its own; on one core every round trip waits for a time slice",
+        "a machine with 2 or more",
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    yield Check(
+        "cache",
+        _writable(cache),
+        str(cache),
+        "compiled policies and measured service times are kept there",
+        "make it writable, or set XDG_CACHE_HOME",
+        base=True,
+    )
+    shm = root / "dev/shm"
+    yield Check("shared memory", _writable(shm), _free(shm), "rings between host and agent (shm://)", "mount a tmpfs on /dev/shm")
+    source = _read(root / "sys/devices/system/clocksource/clocksource0/current_clocksource") or "unknown"
+    yield Check(
+        "clock", source in ("tsc", "kvm-clock", "arch_sys_counter", "hyperv_clocksource_tsc_page"), f"{source}, {_clock_read_ns():.0f} ns a read",
+        "measured times are read from it, without a system call", "boot with clocksource=tsc where the CPU has an invariant TSC",
+    )  # fmt: skip
+    slack = _read(root / "proc/self/timerslack_ns")
+    yield Check(
+        "timer slack",
+        slack is not None,
+        f"{int(slack) / 1000:g} µs" if slack else "unknown",
+        "a sleep may end this much late; agents poll instead",
+        "nothing to do",
+    )
+
+
+def _kernel(root: Path) -> Iterator[Check]:
+    release = platform.release()
+    btf = root / "sys/kernel/btf/vmlinux"
+    yield Check(
+        "BTF", btf.exists(), release, "BPF programs that fit any kernel (world local)", "a kernel with CONFIG_DEBUG_INFO_BTF=y, as distributions ship"
+    )
+    ext = root / "sys/kernel/sched_ext"
+    yield Check(
+        "sched_ext", ext.exists(), (_read(ext / "state") or "present") if ext.exists() else "missing",
+        "policies schedule real threads through it; without it: priorities and affinity", "a kernel >= 6.12 with CONFIG_SCHED_CLASS_EXT=y",
+    )  # fmt: skip
+    headers = [root / f"lib/modules/{release}/{part}" for part in ("build", "source")]
+    yield Check(
+        "kernel headers",
+        any(folder.is_dir() for folder in headers),
+        release,
+        "bcc compiles its probes against them",
+        f"apt-get install linux-headers-{release}",
+    )
+    paranoid = _read(root / "proc/sys/kernel/perf_event_paranoid")
+    yield Check(
+        "perf events", paranoid is not None and (int(paranoid) <= 1 or os.geteuid() == 0), f"perf_event_paranoid={paranoid or 'missing'}",
+        "cache misses and cycles beside measured times", "sysctl kernel.perf_event_paranoid=1, or run as root",
+    )  # fmt: skip
+
+
+def _toolchain(root: Path) -> Iterator[Check]:
+    libbpf = ctypes.util.find_library("bpf")
+    yield Check("libbpf", libbpf is not None, libbpf or "missing", "loads BPF programs (world local)", "apt-get install libbpf1")
+    clang = _first_on_path(("clang", "clang-19", "clang-18", "clang-17", "clang-16", "clang-15", "clang-14"))
+    yield Check("clang", clang is not None, clang or "missing", "compiles BPF programs (world local)", "apt-get install clang")
+    bcc = next((folder for folder in (root / "usr/lib/python3/dist-packages").glob("bcc") if folder.is_dir()), None)
+    yield Check(
+        "bcc",
+        bcc is not None,
+        str(bcc or "missing"),
+        "independent probes of live experiments (the system's python3)",
+        "apt-get install python3-bpfcc",
+    )
+
+
+def _mark(check: Check) -> str:
+    return "ok" if check.ok else "MISSING" if check.base else "missing"
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _writable(folder: Path) -> bool:
+    """Whether something can be made in the folder, or the folder itself be made."""
+    place = next(each for each in (folder, *folder.parents) if each.exists())
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def _free(folder: Path) -> str:
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return "missing"
+    return f"{status.f_bavail * status.f_frsize / 2**20:,.0f} MiB free"
+
+
+def _first_on_path(names: tuple[str, ...]) -> str | None:
+    from shutil import which
+
+    return next((found for name in names if (found := which(name))), None)
+
+
+def _clock_read_ns(read: Callable[[], int] = time.perf_counter_ns, reads: int = 2_000) -> float:
+    """Time from one read of the clock to the next, averaged over `reads`; most of it is Python's call."""
+    start = read()
+    for _ in range(reads):
+        read()
+    return (read() - start) / reads
