@@ -23,7 +23,7 @@ from numba.core.errors import NumbaError
 
 from waveos.errors import PolicyError
 from waveos.jit import as_pointer, jit_wanted
-from waveos.output import write_atomically
+from waveos.output import write_file
 from waveos.paths import cache_dir
 from waveos.sched.orders import ORDERS
 from waveos.sched.records import MESSAGE
@@ -83,8 +83,8 @@ def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
 
 
 def _state_dtype(policy: type[Policy]) -> np.dtype[Any]:
-    """Parameters as float64 unless all are whole numbers, which stay integers; then the declared state."""
-    scalars = [("cpus", "i8"), *((name, "i8" if isinstance(value, int) else "f8") for name, value in policy.params.items())]
+    """`cpus`, the parameters as float64, then the declared state."""
+    scalars = [("cpus", "i8"), *((name, "f8") for name in policy.params)]
     return np.dtype([*scalars, *policy.fields.items()], align=True)
 
 
@@ -107,8 +107,8 @@ def _compile(policy: type[Policy], dtype: np.dtype[Any]) -> Any:
     )
     path = cache_dir("policies") / f"{policy.name}_{_fingerprint(policy, source, dtype)}.py"
     if not path.exists():
-        write_atomically(path, source)
-    space: dict[str, Any] = {"carray": carray, "as_pointer": as_pointer, "STATE": dtype, "MESSAGE": MESSAGE, "ORDERS": ORDERS}
+        write_file(path, source)
+    space: dict[str, Any] = {"__name__": __name__, "carray": carray, "as_pointer": as_pointer, "STATE": dtype, "MESSAGE": MESSAGE, "ORDERS": ORDERS}
     space.update({name: njit(handler) for name, handler in policy.handlers.items()})
     exec(compile(source, str(path), "exec"), space)  # the text just made above
     try:

@@ -34,13 +34,14 @@ class Policy:
     params: ClassVar[dict[str, float | None]]
 
     def __init_subclass__(cls, *, subsystem: ModuleType, name: str, compiled: bool = True, work_conserving: bool = True) -> None:
+        declared = dict(vars(cls))
         cls.name, cls.subsystem, cls.compiled, cls.work_conserving = name, subsystem, compiled, work_conserving
         cls.handlers, cls.fields, cls.params = {}, {}, {}
         for attribute, annotation in inspect.get_annotations(cls).items():
             if annotation is not Param and annotation != "Param":
                 raise PolicyError(f"{_where(cls, attribute)}: {attribute!r} is annotated {annotation!r}; only `Param` is known")
             cls.params[attribute] = None
-        for attribute, value in vars(cls).items():
+        for attribute, value in declared.items():
             if attribute.startswith("__"):
                 continue
             if attribute in cls.params:
