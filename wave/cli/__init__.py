@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from waveos.errors import WaveError
+from waveos.errors import ConfigError, WaveError
 
 BUG = 70
 INTERRUPTED = 130
@@ -64,10 +64,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
     try:
         result = typer.main.get_command(app).main(list(arguments), prog_name="wave", standalone_mode=False)
     except usage_error as error:
+        if not error.format_message():  # no command was named: the help is on the screen
+            return ConfigError.exit_code
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "wave"
-        hint = f" (see: {path} --help)"
-        return _say(f"{error.format_message().rstrip('.')}{hint}", 2)
+        return _say(f"{error.format_message().rstrip('.')} (see: {path} --help)", ConfigError.exit_code)
     except typer.Abort as error:
         if isinstance(error.__cause__, KeyboardInterrupt):
             raise KeyboardInterrupt from None

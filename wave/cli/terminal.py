@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 
+_PIPE_WIDTH = 400
+
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout. NumPy scalars and arrays become numbers and lists; what has no finite value becomes null."""
@@ -21,10 +23,10 @@ def print_json(value: Any) -> None:
 
 
 def stdout() -> Console:
-    """Where data goes. Piped, a table is as wide as it needs to be."""
+    """Where data goes. Into a pipe or file a table is as wide as it needs to be."""
     from rich.console import Console
 
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=240)
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def talk(line: str) -> None:
@@ -43,7 +45,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    stdout().print(table)
+    console = stdout()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as text:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()).strip("\n"))
 
 
 def show_number(value: Any) -> str:
