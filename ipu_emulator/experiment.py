@@ -1,0 +1,451 @@
+"""An experiment: what is compared with what, under which loads, and where each configuration saturates.
+
+A *comparison* is the kernel's own policy and each Wave policy with its agent in three places: on the host beside the same workers, on the host in
+place of one of them, and on the IPU. All of them meet the same requests at the same times (common random numbers: a seed fixes arrivals and service
+times), so that differences are theirs. *Saturation* is the highest load that meets the objective, found by a grid and then by bisection, once for
+each seed; its interval is Student's over the seeds. The *ablation* takes the mitigations of the link away, one at a time and all, and adds them again
+in the paper's order.
+
+Searches are generators: they ask for points and are sent them. `drive` runs many searches over one pool of processes, so a search reads top to bottom
+although its runs are spread over the cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, NamedTuple, Protocol
+
+from waveos import __version__
+from waveos.errors import ConfigError
+from waveos.ipu_emulator.inputs import Inputs, mean_service_ns
+from waveos.scenario import MITIGATIONS, Goal, Scenario
+
+Point = dict[str, Any]
+"""One run of one configuration, as it stands in the results file."""
+Progress = Callable[[int, int, str], None]
+"""Called as (runs done, runs expected by now, what has just ended)."""
+
+LOST_SHARE = 0.02
+"""A load counts as served only if no more than this share of its requests is still waiting at the end."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run the host: a policy, where it decides, how many workers it has, and which mitigations the link uses."""
+
+    policy: str
+    world: str  # "kernel", "on-host" or "offload"
+    workers: int
+    column: str = ""  # for on-host: "same workers" or "same machine"
+    mitigations: tuple[str, ...] = MITIGATIONS
+
+    @property
+    def id(self) -> str:
+        """Its name in results: "kernel", "fifo/offload", "fifo/on-host same machine"."""
+        return self.world if self.world == "kernel" else f"{self.policy}/{self.world}" + (f" {self.column}" if self.column else "")
+
+
+class Ask(NamedTuple):
+    """A run that a search wants."""
+
+    configuration: Configuration
+    load_per_s: float
+    seed: int
+
+
+@dataclass
+class Saturation:
+    """The highest load that meets the objective, requests/s, one value a seed, each with the resolution of its search."""
+
+    per_seed: list[float] = field(default_factory=list)
+    step: float = 0.0  # the widest gap between a load that met the objective and the next that did not
+
+    @property
+    def value(self) -> float:
+        return fmean(self.per_seed)
+
+    def interval(self) -> tuple[float, float]:
+        """95 %: Student's over the seeds, and never narrower than the resolution; of a single seed the resolution only."""
+        return _interval(self.per_seed, self.step / 2)
+
+
+Search = Generator[list[Ask], list[Point], None]
+
+
+class Jobs(Protocol):
+    """What `drive` needs of a pool."""
+
+    def submit(self, setup: Any) -> int: ...
+
+    def finished(self) -> Iterator[tuple[int, Any]]: ...
+
+
+def configurations(scenario: Scenario) -> list[Configuration]:
+    """All that a comparison compares."""
+    workers = scenario.host.workers
+    mitigations = tuple(scenario.link.mitigations)
+    found = [Configuration("kernel", "kernel", workers, mitigations=mitigations)]
+    for policy in scenario.policies.names:
+        found.append(Configuration(policy, "on-host", workers, "same workers", mitigations))
+        if workers > 1:
+            found.append(Configuration(policy, "on-host", workers - 1, "same machine", mitigations))
+        found.append(Configuration(policy, "offload", workers, "", mitigations))
+    return found
+
+
+def ablation_steps(paper_order: Sequence[str] = MITIGATIONS) -> list[tuple[str, tuple[str, ...]]]:
+    """(label, mitigations): all, none, each alone removed, and added one after the other. No set comes twice."""
+    steps = [("all", tuple(paper_order)), ("none", ())]
+    steps += [(f"all but {name}", tuple(each for each in paper_order if each != name)) for name in paper_order]
+    steps += [("+ " + " + ".join(paper_order[:count]), tuple(paper_order[:count])) for count in range(1, len(paper_order))]
+    kept: dict[tuple[str, ...], str] = {}
+    for label, mitigations in steps:
+        kept.setdefault(mitigations, label)
+    return [(label, mitigations) for mitigations, label in kept.items()]
+
+
+def capacity_per_s(scenario: Scenario, inputs: Inputs) -> float:
+    """Requests per second that the workers could serve if nothing but the service itself took time."""
+    return scenario.host.workers / (mean_request_ns(scenario, inputs) * 1e-9)
+
+
+def mean_request_ns(scenario: Scenario, inputs: Inputs) -> float:
+    """Mean service time over all classes, ns."""
+    if inputs.arrivals is not None:
+        return float(inputs.arrivals.service_ns.mean())
+    return sum(each.share * mean_service_ns(each.service, inputs.samples) for each in scenario.workload.classes)
+
+
+def class_mean_ns(scenario: Scenario, inputs: Inputs) -> dict[str, float]:
+    """Mean service time of each class, ns."""
+    means = {}
+    for number, each in enumerate(scenario.workload.classes):
+        if inputs.arrivals is None:
+            means[each.name] = mean_service_ns(each.service, inputs.samples)
+        else:
+            own = inputs.arrivals.service_ns[inputs.arrivals.request_class == number]
+            means[each.name] = float(own.mean()) if len(own) else 0.0
+    return means
+
+
+def loads(scenario: Scenario, inputs: Inputs) -> list[float]:
+    """The scenario's grid of offered loads, requests per second, rising. A trace alone has one: its own rate."""
+    workload = scenario.workload
+    if workload.loads_per_s:
+        return sorted(set(workload.loads_per_s))
+    if workload.loads_share:
+        capacity = capacity_per_s(scenario, inputs)
+        return sorted({_rounded(share * capacity) for share in workload.loads_share})
+    if inputs.arrivals is None:
+        raise ConfigError("no load is given: write workload.loads_per_s = [20000, 40000] or loads_share = [0.2, 0.5, 0.8]")
+    return [_rounded((len(inputs.arrivals.time_ns) - 1) / (float(inputs.arrivals.time_ns[-1]) * 1e-9))]
+
+
+def limits_us(goal: Goal, mean_ns: float) -> dict[str, float]:
+    """A class's goal as upper limits in us by statistic: {"p99_us": 200.0}."""
+    limits: dict[str, float] = {}
+    for name, value in goal.model_dump(exclude_none=True).items():
+        statistic = name.replace("_x_mean", "_us")
+        limits[statistic] = min(limits.get(statistic, math.inf), value * mean_ns / 1000 if name.endswith("_x_mean") else value)
+    return limits
+
+
+def meets(point: Point, limits: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether a run served its load within every class's limits. A class that saw no request meets its goal."""
+    if point["saturated"]:
+        return False
+    for name, wanted in limits.items():
+        seen = point["classes"].get(name)
+        if seen and seen["count"] and any(seen[statistic] > limit for statistic, limit in wanted.items()):
+            return False
+    return True
+
+
+# ── searches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scan(configuration: Configuration, grid: Sequence[float], seed: int) -> Search:
+    """One run at each load."""
+    yield [Ask(configuration, load, seed) for load in grid]
+
+
+def find_saturation(
+    configuration: Configuration,
+    grid: Sequence[float],
+    seeds: Sequence[int],
+    meets_objective: Callable[[Point], bool],
+    resolution_share: float,
+    found: Saturation,
+) -> Search:
+    """Fill `found` with the highest load that meets the objective, for each seed in turn; the first also runs the whole grid.
+
+    Where even the lowest load fails, lower ones are tried down to a thousandth of it; then saturation is 0.
+    """
+    points = yield [Ask(configuration, load, seeds[0]) for load in grid]
+    low, high = 0.0, math.inf
+    for load, point in zip(grid, points, strict=True):
+        if not meets_objective(point):
+            high = load
+            break
+        low = load
+    for seed in seeds:
+        low, high = yield from _bracket(configuration, seed, low, high, grid[0] / 1000, meets_objective)
+        while high - low > resolution_share * high and high > grid[0] / 1000:
+            middle = _rounded((low + high) / 2)
+            if not low < middle < high:
+                break
+            [point] = yield [Ask(configuration, middle, seed)]
+            low, high = (middle, high) if meets_objective(point) else (low, middle)
+        found.per_seed.append(low)
+        found.step = max(found.step, high - low)
+        low, high = _rounded(low * (1 - 2 * resolution_share)), _rounded(high * (1 + 2 * resolution_share))  # where the next seed looks first
+
+
+def _bracket(
+    configuration: Configuration, seed: int, low: float, high: float, floor: float, meets_objective: Callable[[Point], bool]
+) -> Generator[list[Ask], list[Point], tuple[float, float]]:
+    """A load that meets the objective (or 0) and a higher one that does not, from a guess of both."""
+    reach = 1.15
+    while not math.isfinite(high):
+        [point] = yield [Ask(configuration, _rounded(low * reach), seed)]
+        low, high = (_rounded(low * reach), high) if meets_objective(point) else (low, _rounded(low * reach))
+    wanted = [load for load in (low, high) if load > 0]
+    answers = yield [Ask(configuration, load, seed) for load in wanted]
+    fine = {load: meets_objective(point) for load, point in zip(wanted, answers, strict=True)}
+    while fine.get(high):
+        low, high = high, _rounded(high * reach)
+        [point] = yield [Ask(configuration, high, seed)]
+        fine[high] = meets_objective(point)
+    while low > 0 and not fine[low]:
+        low, high = (_rounded(low / reach), low) if low > floor else (0.0, low)
+        if low > 0:
+            [point] = yield [Ask(configuration, low, seed)]
+            fine[low] = meets_objective(point)
+    return low, high
+
+
+def drive(
+    pool: Jobs, searches: Iterable[Search], measure: Callable[[Ask], Any], keep: Callable[[Ask, Any], Point], progress: Callable[[int, int, Ask], None]
+) -> None:
+    """Run searches side by side until all have ended. `measure` makes an engine's setup, `keep` stores a result and makes its point.
+
+    A run that was asked for before is answered from what was kept.
+    """
+    known: dict[Ask, Point] = {}
+    askers: dict[int, tuple[Search, list[Ask]]] = {}  # by id of the search's list of asks
+    jobs: dict[int, Ask] = {}
+    wanting: dict[Ask, list[int]] = {}
+    done = 0
+
+    def advance(search: Search, answers: list[Point] | None) -> None:
+        while True:
+            try:
+                asks = next(search) if answers is None else search.send(answers)
+            except StopIteration:
+                return
+            missing = [ask for ask in asks if ask not in known]
+            if missing:
+                askers[id(search)] = (search, asks)
+                for ask in missing:
+                    if ask not in wanting:
+                        jobs[pool.submit(measure(ask))] = ask
+                    wanting.setdefault(ask, []).append(id(search))
+                return
+            answers = [known[ask] for ask in asks]
+
+    for search in searches:
+        advance(search, None)
+    for number, result in pool.finished():
+        ask = jobs.pop(number)
+        known[ask] = keep(ask, result)
+        done += 1
+        for asker in wanting.pop(ask):
+            search, asks = askers[asker]
+            if all(each in known for each in asks):
+                del askers[asker]
+                advance(search, [known[each] for each in asks])
+        progress(done, done + len(jobs), ask)
+
+
+# ── a comparison ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Comparison:
+    """A scenario's configurations, run and kept. `results()` may be asked at any time: it tells what has been measured until then.
+
+    `setup_for` turns (scenario, inputs, ask) into the engine's setup and `point_of` its result into a point; both are the engine's side of the
+    experiment and are passed in, so that this file is about what to run.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        inputs: Inputs,
+        *,
+        setup_for: Callable[[Scenario, Inputs, Ask], Any],
+        point_of: Callable[[Scenario, Ask, Any], Point],
+        link: Mapping[str, Any],
+        machine: Any = None,
+        only: Callable[[Configuration], bool] = lambda configuration: True,
+    ) -> None:
+        self.scenario, self.inputs = scenario, inputs
+        self.grid = loads(scenario, inputs)
+        self.configurations = [each for each in configurations(scenario) if only(each)]
+        self.notes: list[str] = []
+        self.interrupted = False
+        self._setup_for, self._point_of = setup_for, point_of
+        self._link, self._machine = dict(link), machine
+        means = class_mean_ns(scenario, inputs)
+        self._limits = {name: limits_us(goal, means[name]) for name, goal in scenario.objective.items()}
+        self._points: dict[Configuration, dict[float, Point]] = {}  # of the first seed, by load
+        self._replicas: dict[Configuration, list[Point]] = {}  # of the others
+        self._saturations: dict[Configuration, Saturation] = {}
+        self._unloaded_ns: dict[tuple[str, ...], float] = {}
+        self._ablated: Configuration | None = None
+        self.runs = 0
+
+    @property
+    def seeds(self) -> list[int]:
+        """The first is the scenario's; saturation is searched with all of them."""
+        return [self.scenario.run.seed + number for number in range(self.scenario.run.replications)]
+
+    def searches(self, *, saturation: bool = True, ablation: str = "") -> list[Search]:
+        """What has to run. `ablation` names the policy whose mitigations are taken away; empty: none."""
+        found = []
+        for configuration in self.configurations:
+            if saturation:
+                found.append(self._saturation(configuration))
+            else:
+                found.append(scan(configuration, self.grid, self.seeds[0]))
+        if ablation:
+            self._ablated = Configuration(ablation, "offload", self.scenario.host.workers)
+            for _, mitigations in ablation_steps():
+                configuration = replace(self._ablated, mitigations=mitigations)
+                if configuration not in self.configurations or not saturation:
+                    found.append(self._saturation(configuration))
+        return found
+
+    def run(self, pool: Jobs, searches: Iterable[Search], progress: Progress = lambda done, expected, what: None) -> None:
+        """Run the searches; on KeyboardInterrupt what was measured stays, `interrupted` is set, and the interrupt goes on."""
+
+        def tell(done: int, expected: int, ask: Ask) -> None:
+            self.runs += 1
+            progress(done, expected, f"{ask.configuration.id} at {ask.load_per_s:,.0f}/s")
+
+        try:
+            drive(pool, searches, lambda ask: self._setup_for(self.scenario, self.inputs, ask), self._keep, tell)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            raise
+
+    def note_unloaded(self, mitigations: tuple[str, ...], decision_ns: float) -> None:
+        """Add the cost of one decision on an idle machine to the ablation's row, ns."""
+        self._unloaded_ns[mitigations] = decision_ns
+
+    def results(self) -> dict[str, Any]:
+        """The results file's content: see docs of `waveos.report`."""
+        ran = [each for each in self.configurations if each in self._points]
+        return {
+            "name": self.scenario.name,
+            "scenario": self.scenario.model_dump(exclude_none=True),
+            "timing": "modelled",
+            "link": self._link,
+            "machine": self._machine,
+            "wave_version": __version__,
+            "seeds": self.seeds if self._saturations else self.seeds[:1],
+            "objective_us": self._limits,
+            "resolution_share": self.scenario.run.resolution_share,
+            "interrupted": self.interrupted,
+            "configs": [self._describe(each) for each in ran],
+            "ablation": list(self._ablation()),
+            "notes": self._all_notes(),
+        }
+
+    def _saturation(self, configuration: Configuration) -> Search:
+        found = self._saturations.setdefault(configuration, Saturation())
+        share = self.scenario.run.resolution_share
+        return find_saturation(configuration, self.grid, self.seeds, lambda point: meets(point, self._limits), share, found)
+
+    def _keep(self, ask: Ask, result: Any) -> Point:
+        point = self._point_of(self.scenario, ask, result)
+        if ask.seed == self.seeds[0]:
+            self._points.setdefault(ask.configuration, {})[ask.load_per_s] = point
+        else:
+            self._replicas.setdefault(ask.configuration, []).append(point)
+        return point
+
+    def _describe(self, configuration: Configuration) -> dict[str, Any]:
+        points = self._points[configuration]
+        described: dict[str, Any] = {
+            "id": configuration.id,
+            "policy": configuration.policy,
+            "world": configuration.world,
+            "workers": configuration.workers,
+            "column": configuration.column,
+            "points": [points[load] for load in sorted(points)],
+            "replicas": self._replicas.get(configuration, []),
+        }
+        return described | self._saturation_keys(configuration) | {"cost_share": self._costs(configuration), "cost_interval": self._costs(configuration, True)}
+
+    def _saturation_keys(self, configuration: Configuration) -> dict[str, Any]:
+        found = self._saturations.get(configuration)
+        if found is None or not found.per_seed:
+            return {"saturation_per_s": None, "saturation_low_per_s": None, "saturation_high_per_s": None}
+        low, high = found.interval()
+        return {"saturation_per_s": found.value, "saturation_low_per_s": low, "saturation_high_per_s": high, "saturation_step_per_s": found.step}
+
+    def _costs(self, offload: Configuration, interval: bool = False) -> dict[str, Any]:
+        """Saturation throughput lost by offloading, as a share of on-host, by column; seed by seed, as both meet the same requests."""
+        costs: dict[str, Any] = {}
+        ours = self._saturations.get(offload)
+        if offload.world != "offload" or ours is None:
+            return costs
+        for other, theirs in self._saturations.items():
+            if other.world != "on-host" or other.policy != offload.policy or 0 in theirs.per_seed:
+                continue
+            pairs = list(zip(ours.per_seed, theirs.per_seed, strict=False))
+            if pairs:
+                shares = [1 - our / their for our, their in pairs]
+                step = (ours.step / 2 + theirs.step / 2) / fmean(their for _, their in pairs)
+                costs[other.column] = list(_interval(shares, step)) if interval else fmean(shares)
+        return costs
+
+    def _ablation(self) -> Iterator[dict[str, Any]]:
+        if self._ablated is None:
+            return
+        for label, mitigations in ablation_steps():
+            configuration = replace(self._ablated, mitigations=mitigations)
+            row: dict[str, Any] = {"mitigations": list(mitigations), "label": label, "policy": configuration.policy}
+            row["unloaded_decision_ns"] = self._unloaded_ns.get(mitigations)
+            yield row | self._saturation_keys(configuration)
+
+    def _all_notes(self) -> list[str]:
+        notes = list(self.notes)
+        if self.interrupted:
+            notes.append(f"stopped by hand after {self.runs} runs: what is missing was not measured")
+        elif any(found.per_seed and min(found.per_seed) == 0 for found in self._saturations.values()):
+            nowhere = [each.id for each, found in self._saturations.items() if found.per_seed and min(found.per_seed) == 0 and each in self.configurations]
+            if nowhere:
+                notes.append(f"the objective is met at no load by {', '.join(nowhere)}")
+        return notes
+
+
+def _rounded(load: float) -> float:
+    """Loads to five significant digits, so that tables and repeated searches meet the same numbers."""
+    return float(f"{load:.5g}")
+
+
+def _interval(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Student's 95 % interval of the mean, at least `least` to each side."""
+    middle = fmean(values)
+    reach = 0.0
+    if len(values) > 1:
+        from scipy.special import stdtrit
+
+        deviation = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
+        reach = float(stdtrit(len(values) - 1, 0.975)) * deviation / math.sqrt(len(values))
+    reach = max(reach, least)
+    return middle - reach, middle + reach
