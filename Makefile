@@ -5,6 +5,7 @@ MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
 BIN := .venv/bin
+LOG := build/lint.log
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -21,8 +22,8 @@ test: setup ## the tests; TEST_FLAGS="-m 'not slow'" for the quick ones
 lint: setup ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
-	@$(BIN)/mypy --no-error-summary -p waveos
-	@$(BIN)/lint-imports --no-cache >.lint-imports.log 2>&1 || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }; rm -f .lint-imports.log
+	@$(BIN)/mypy --no-error-summary -p waveos >$(LOG) || { sed -E 's,^build/__editable__[^/]*/waveos/((agents|host|ipu_emulator|bench)/)?,\1,' $(LOG); exit 1; }
+	@$(BIN)/lint-imports --no-cache >$(LOG) 2>&1 || { cat $(LOG); exit 1; }
 	@echo "lint: clean"
 
 docs: setup ## docs/policy-api.md from the docstrings
