@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from waveos.errors import ConfigError, WaveError
 
@@ -16,16 +17,14 @@ BUG = 70
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
+_KINDS: list[type[WaveError]] = sorted(WaveError.__subclasses__(), key=lambda kind: kind.exit_code)
 EXIT_CODES = {
     0: "done",
-    **{
-        kind.exit_code: (kind.__doc__ or "").split("\n")[0].rstrip(".")
-        for kind in (WaveError, *sorted(WaveError.__subclasses__(), key=lambda k: k.exit_code))
-    },
+    WaveError.exit_code: "failed, and the last line says why",
+    **{kind.exit_code: (kind.__doc__ or "").splitlines()[0].rstrip(".") for kind in _KINDS},
     BUG: "a bug in Wave",
     INTERRUPTED: "interrupted (Ctrl-C); what was measured is kept",
 }
-EXIT_CODES[WaveError.exit_code] = "failed, and the last line says why"
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
     from waveos.cli.app import app
 
-    usage_error = typer.BadParameter.__bases__[0]
+    usage_error: Any = typer.BadParameter.__bases__[0]
     try:
         result = typer.main.get_command(app).main(list(arguments), prog_name="wave", standalone_mode=False)
     except usage_error as error:

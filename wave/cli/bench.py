@@ -124,7 +124,7 @@ def _value(flag: str, text: str, default: Any) -> Any:
 
 
 def _list(as_json: bool) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in bench_names():
         try:
             module = load_bench(name)
