@@ -228,7 +228,11 @@ def _bracket(
 
 
 def drive(
-    pool: Jobs, searches: Iterable[Search], measure: Callable[[Ask], Any], keep: Callable[[Ask, Any], Point], progress: Callable[[int, int, Ask], None]
+    pool: Jobs,
+    searches: Iterable[Search],
+    measure: Callable[[Ask], Any],
+    keep: Callable[[Ask, Any], Point],
+    progress: Callable[[int, int, Ask], None],
 ) -> None:
     """Run searches side by side until all have ended. `measure` makes an engine's setup, `keep` stores a result and makes its point.
 
@@ -238,7 +242,6 @@ def drive(
     askers: dict[int, tuple[Search, list[Ask]]] = {}  # by id of the search's list of asks
     jobs: dict[int, Ask] = {}
     wanting: dict[Ask, list[int]] = {}
-    done = 0
 
     def advance(search: Search, answers: list[Point] | None) -> None:
         while True:
@@ -258,10 +261,9 @@ def drive(
 
     for search in searches:
         advance(search, None)
-    for number, result in pool.finished():
+    for done, (number, result) in enumerate(pool.finished(), 1):
         ask = jobs.pop(number)
         known[ask] = keep(ask, result)
-        done += 1
         for asker in wanting.pop(ask):
             search, asks = askers[asker]
             if all(each in known for each in asks):
@@ -276,8 +278,7 @@ def drive(
 class Comparison:
     """A scenario's configurations, run and kept. `results()` may be asked at any time: it tells what has been measured until then.
 
-    `setup_for` turns (scenario, inputs, ask) into the engine's setup and `point_of` its result into a point; both are the engine's side of the
-    experiment and are passed in, so that this file is about what to run.
+    What a pool is given is a `Job`; what it answers is a point.
     """
 
     def __init__(
@@ -298,8 +299,8 @@ class Comparison:
         self.interrupted = False
         self._setup_for, self._point_of = setup_for, point_of
         self._link, self._machine = dict(link), machine
-        means = class_mean_ns(scenario, inputs)
-        self._limits = {name: limits_us(goal, means[name]) for name, goal in scenario.objective.items()}
+        self._means = class_mean_ns(scenario, inputs)
+        self._limits = {name: limits_us(goal, self._means[name]) for name, goal in scenario.objective.items()}
         self._points: dict[Configuration, dict[float, Point]] = {}  # of the first seed, by load
         self._replicas: dict[Configuration, list[Point]] = {}  # of the others
         self._saturations: dict[Configuration, Saturation] = {}
@@ -356,7 +357,8 @@ class Comparison:
             "machine": self._machine,
             "wave_version": __version__,
             "seeds": self.seeds if self._saturations else self.seeds[:1],
-            "objective_us": self._limits,
+            "objective": self._limits,
+            "service": {name: {"mean_us": mean / 1000} for name, mean in self._means.items()},
             "resolution_share": self.scenario.run.resolution_share,
             "interrupted": self.interrupted,
             "configs": [self._describe(each) for each in ran],
@@ -388,7 +390,11 @@ class Comparison:
             "points": [points[load] for load in sorted(points)],
             "replicas": self._replicas.get(configuration, []),
         }
-        return described | self._saturation_keys(configuration) | {"cost_share": self._costs(configuration), "cost_interval": self._costs(configuration, True)}
+        return (
+            described
+            | self._saturation_keys(configuration)
+            | {"cost_share": self._costs(configuration), "cost_interval": self._costs(configuration, True)}
+        )
 
     def _saturation_keys(self, configuration: Configuration) -> dict[str, Any]:
         found = self._saturations.get(configuration)
@@ -427,7 +433,9 @@ class Comparison:
         if self.interrupted:
             notes.append(f"stopped by hand after {self.runs} runs: what is missing was not measured")
         elif any(found.per_seed and min(found.per_seed) == 0 for found in self._saturations.values()):
-            nowhere = [each.id for each, found in self._saturations.items() if found.per_seed and min(found.per_seed) == 0 and each in self.configurations]
+            nowhere = [
+                each.id for each, found in self._saturations.items() if found.per_seed and min(found.per_seed) == 0 and each in self.configurations
+            ]
             if nowhere:
                 notes.append(f"the objective is met at no load by {', '.join(nowhere)}")
         return notes

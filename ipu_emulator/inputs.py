@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,9 @@ def read_samples(spec: str, base: Path) -> Nanoseconds:
         raise ConfigError(f"samples = {spec!r}: there is no file {path}")
     values = _read_npz(path, key) if name.endswith(".npz") else np.array([int(row[0]) for row in _read_rows(path, ["service_ns"])], np.int64)
     if not len(values) or values.min() < 0 or values.max() == 0:
-        raise ConfigError(f"samples = {spec!r}: service times are nanoseconds, 0 or more and not all 0; {path} has {len(values)} values" + _span(values))
+        raise ConfigError(
+            f"samples = {spec!r}: service times are nanoseconds, 0 or more and not all 0; {path} has {len(values)} values" + _span(values)
+        )
     return values
 
 
@@ -83,23 +85,6 @@ def mean_service_ns(service: Service, samples: Mapping[str, Nanoseconds]) -> flo
     if service.hyperexponential_us is not None and service.shares is not None:
         return fixed + 1000 * sum(mean * share for mean, share in zip(service.hyperexponential_us, service.shares, strict=True))
     return fixed + 1000 * (service.exponential_us or service.erlang_us or service.lognormal_us or 0.0)
-
-
-def draw_service_ns(service: Service, count: int, random: np.random.Generator, samples: Mapping[str, Nanoseconds]) -> Nanoseconds:
-    """`count` independent service times, ns, at least 1. `*_us` is the mean; `sigma` the standard deviation of a lognormal's logarithm."""
-    scale = 1000.0
-    drawn: NDArray[Any] = np.zeros(count)
-    if service.samples is not None:
-        drawn = random.choice(samples[service.samples], count)
-    elif service.exponential_us is not None:
-        drawn = random.exponential(service.exponential_us * scale, count)
-    elif service.erlang_us is not None and service.stages is not None:
-        drawn = random.gamma(service.stages, service.erlang_us * scale / service.stages, count)
-    elif service.hyperexponential_us is not None:
-        drawn = random.choice(np.array(service.hyperexponential_us), count, p=service.shares) * random.exponential(scale, count)
-    elif service.lognormal_us is not None and service.sigma is not None:
-        drawn = random.lognormal(np.log(service.lognormal_us * scale) - service.sigma**2 / 2, service.sigma, count)
-    return np.maximum(1, np.rint(drawn + (service.fixed_us or 0.0) * scale)).astype(np.int64)
 
 
 def _read_rows(path: Path, columns: list[str]) -> list[list[str]]:
@@ -133,7 +118,9 @@ def _read_npz(path: Path, key: str) -> Nanoseconds:
     try:
         with np.load(path) as arrays:
             if key not in arrays:
-                raise ConfigError(f"{path} has no array {key!r}{nearest(key, arrays)}; it has {', '.join(arrays)}; write samples = \"{path.name}:NAME\"")
+                raise ConfigError(
+                    f'{path} has no array {key!r}{nearest(key, arrays)}; it has {", ".join(arrays)}; write samples = "{path.name}:NAME"'
+                )
             values = arrays[key]
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; is it cut off?") from None

@@ -221,11 +221,17 @@ def serve(pipe_fd: int, beat_fd: int, parent: int, factory: str, path: list[str]
         except WaveError as error:
             answer = (False, type(error)(*error.args))
         except MemoryError:
-            answer = (False, WaveError(f"policy {_policy_of(setup)!r}: not enough memory for this run; make it shorter with --set run.duration_ms=..."))
+            answer = (
+                False,
+                WaveError(f"policy {_policy_of(setup)!r}: not enough memory for this run; make it shorter with --set run.duration_ms=..."),
+            )
         except Exception as error:
             if os.environ.get("WAVE_DEBUG"):
                 raise
-            answer = (False, WaveError(f"the engine failed on policy {_policy_of(setup)!r}: {type(error).__name__}: {error} (WAVE_DEBUG=1 shows where)"))
+            answer = (
+                False,
+                WaveError(f"the engine failed on policy {_policy_of(setup)!r}: {type(error).__name__}: {error} (WAVE_DEBUG=1 shows where)"),
+            )
         pipe.send(answer)
 
 
@@ -237,7 +243,12 @@ def _start(factory: str) -> _Child:
         beat = mmap.mmap(beat_fd, _BEAT_BYTES)
         arguments = (there.fileno(), beat_fd, os.getpid(), factory, [entry for entry in sys.path if entry])
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {arguments[-1]!r}; from waveos.ipu_emulator.pool import serve; serve(*{arguments!r})"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"import sys; sys.path[:] = {arguments[-1]!r}; from waveos.ipu_emulator.pool import serve; serve(*{arguments!r})",
+            ],
             pass_fds=(there.fileno(), beat_fd),
             stdin=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is the parent's to answer
@@ -258,7 +269,9 @@ def _death(child: _Child) -> WaveError:
     code = child.process.wait()
     what = f"policy {_policy_of(child.job[1])!r}" if child.job else "no job"
     if code == -signal.SIGKILL:
-        return WaveError(f"the process that simulated {what} was killed, probably for lack of memory; make the run shorter with --set run.duration_ms=...")
+        return WaveError(
+            f"the process that simulated {what} was killed, probably for lack of memory; make the run shorter with --set run.duration_ms=..."
+        )
     if code < 0:
         handling = child.words()[_HANDLING]
         where = f" in {_handler_name(handling)}" if handling else ""

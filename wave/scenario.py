@@ -47,17 +47,23 @@ class Service(_Part):
 
     @model_validator(mode="after")
     def _one_form(self) -> Service:
-        forms = [name for name in ("samples", "exponential_us", "erlang_us", "hyperexponential_us", "lognormal_us") if getattr(self, name) is not None]
+        forms = [
+            name for name in ("samples", "exponential_us", "erlang_us", "hyperexponential_us", "lognormal_us") if getattr(self, name) is not None
+        ]
         if len(forms) > 1:
             raise ValueError(f"{' and '.join(forms)} exclude each other: give one")
         if not forms and not self.fixed_us:
-            raise ValueError("no service time is given: write one of fixed_us (above 0), exponential_us, erlang_us, hyperexponential_us, lognormal_us, samples")
+            raise ValueError(
+                "no service time is given: write one of fixed_us (above 0), exponential_us, erlang_us, hyperexponential_us, lognormal_us, samples"
+            )
         for owner, partner in (("erlang_us", "stages"), ("hyperexponential_us", "shares"), ("lognormal_us", "sigma")):
             if (getattr(self, owner) is None) != (getattr(self, partner) is None):
                 raise ValueError(f"{owner} and {partner} go together: give both or neither")
         if self.hyperexponential_us is not None and self.shares is not None:
             if len(self.shares) != len(self.hyperexponential_us):
-                raise ValueError(f"{len(self.hyperexponential_us)} means in hyperexponential_us but {len(self.shares)} shares: one share for each mean")
+                raise ValueError(
+                    f"{len(self.hyperexponential_us)} means in hyperexponential_us but {len(self.shares)} shares: one share for each mean"
+                )
             _adds_up("shares", self.shares)
         return self
 
@@ -76,7 +82,9 @@ class RequestClass(_Part):
     name: str = Field(min_length=1, description="a name")
     share: _Share = Field(default=1.0, description="its part of all requests, above 0 and at most 1")
     service: Service = Field(description="a service time, as {fixed_us = 10}")
-    slo_us: Annotated[float, Field(ge=0)] = Field(default=0.0, description="what it should be done by after arrival, a number of microseconds; 0 means none")
+    slo_us: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="what it should be done by after arrival, a number of microseconds; 0 means none"
+    )
     qos: Annotated[int, Field(ge=0, le=255)] = Field(default=0, description="quality-of-service class, a whole number 0..255; the higher goes first")
 
 
@@ -113,6 +121,7 @@ class Host(_Part):
     profile: str = Field(default="server", description="a host profile's name or TOML file")
     workers: Annotated[int, Field(ge=1, le=1023)] = Field(default=8, description="CPUs that serve requests, a whole number 1..1023")
     threads: Annotated[int, Field(ge=1, le=65_536)] = Field(default=4096, description="threads of the application, a whole number 1..65536")
+    costs: dict[str, int] = Field(default={}, description="costs that replace the profile's, as costs.switch_ns = 800")
 
 
 class LinkPart(_Part):
@@ -122,6 +131,7 @@ class LinkPart(_Part):
     mitigations: list[Literal["wb", "wc_wt", "prestage", "prefetch"]] = Field(
         default=["wb", "wc_wt", "prestage", "prefetch"], description="a list out of " + ", ".join(f'"{name}"' for name in MITIGATIONS)
     )
+    costs: dict[str, dict[str, int]] = Field(default={}, description="costs that replace the profile's, as costs.wire.one_way_ns = 500")
 
 
 class Agent(_Part):
@@ -130,13 +140,16 @@ class Agent(_Part):
     message_ns: Literal["measured"] | Annotated[float, Field(ge=0)] = Field(
         default="measured", description='"measured" on this machine, or nanoseconds a message, 0 or more'
     )
-    speed: Literal["profile"] | _Positive = Field(default="profile", description='"profile", or the IPU core\'s speed as a share of a host core\'s, above 0')
+    speed: Literal["profile"] | _Positive = Field(
+        default="profile", description="\"profile\", or the IPU core's speed as a share of a host core's, above 0"
+    )
 
 
 class Policies(_Part):
     """Which policies run, and their parameters."""
 
     names: list[str] = Field(default=["fifo", "shinjuku", "shinjuku_mq"], min_length=1, description='a list of policies, as ["fifo", "my_policy.py"]')
+    ablation: str = Field(default="", description="the policy that is run with fewer mitigations; the last of names by default")
     params: dict[str, dict[str, bool | int | float]] = Field(default={}, description="a table of parameters for each policy")
 
 
@@ -291,7 +304,14 @@ def explain_value(key: str, value: Any, wanted: str) -> str:
 # ── how errors are explained ─────────────────────────────────────────────────────────────────────────────────────────
 
 _UNIT_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
-_UNIT_WORDS = {"ns": "in nanoseconds", "us": "in microseconds", "ms": "in milliseconds", "s": "in seconds", "per_s": "per second", "share": "as a share of 1"}
+_UNIT_WORDS = {
+    "ns": "in nanoseconds",
+    "us": "in microseconds",
+    "ms": "in milliseconds",
+    "s": "in seconds",
+    "per_s": "per second",
+    "share": "as a share of 1",
+}
 _QUANTITY = re.compile(r"\s*([-+]?[0-9][0-9_]*(?:\.[0-9]+)?)\s*(ns|us|µs|μs|ms|s|sec|k/s|/s|%)\s*$")
 
 

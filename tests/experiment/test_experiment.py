@@ -52,7 +52,9 @@ class Engine:
 
     def limit(self, ask):
         mitigations = len(ask.configuration.mitigations) if ask.configuration.world == "offload" else 5
-        return {"kernel": 50_000, "on-host": 300_000, "offload": 240_000 + 10_000 * mitigations}[ask.configuration.world] * (1 + 0.001 * (ask.seed - 8))
+        return {"kernel": 50_000, "on-host": 300_000, "offload": 240_000 + 10_000 * mitigations}[ask.configuration.world] * (
+            1 + 0.001 * (ask.seed - 8)
+        )
 
     def submit(self, ask):
         self.queue.append((self.number, ask))
