@@ -15,12 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from statistics import fmean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from waveos import __version__
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.inputs import Inputs, mean_service_ns
+from waveos.ipu_emulator.job import KERNEL_POLICY, Ask, Configuration, Job
+from waveos.names import nearest
 from waveos.scenario import MITIGATIONS, Goal, Scenario
 
 Point = dict[str, Any]
@@ -28,32 +31,8 @@ Point = dict[str, Any]
 Progress = Callable[[int, int, str], None]
 """Called as (runs done, runs expected by now, what has just ended)."""
 
-LOST_SHARE = 0.02
-"""A load counts as served only if no more than this share of its requests is still waiting at the end."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One way to run the host: a policy, where it decides, how many workers it has, and which mitigations the link uses."""
-
-    policy: str
-    world: str  # "kernel", "on-host" or "offload"
-    workers: int
-    column: str = ""  # for on-host: "same workers" or "same machine"
-    mitigations: tuple[str, ...] = MITIGATIONS
-
-    @property
-    def id(self) -> str:
-        """Its name in results: "kernel", "fifo/offload", "fifo/on-host same machine"."""
-        return self.world if self.world == "kernel" else f"{self.policy}/{self.world}" + (f" {self.column}" if self.column else "")
-
-
-class Ask(NamedTuple):
-    """A run that a search wants."""
-
-    configuration: Configuration
-    load_per_s: float
-    seed: int
+UNLOADED_SHARE = 0.005
+"""Of the workers' capacity: so little that requests do not meet each other."""
 
 
 @dataclass
@@ -87,7 +66,7 @@ def configurations(scenario: Scenario) -> list[Configuration]:
     """All that a comparison compares."""
     workers = scenario.host.workers
     mitigations = tuple(scenario.link.mitigations)
-    found = [Configuration("kernel", "kernel", workers, mitigations=mitigations)]
+    found = [Configuration(KERNEL_POLICY, "kernel", workers, mitigations=mitigations)]
     for policy in scenario.policies.names:
         found.append(Configuration(policy, "on-host", workers, "same workers", mitigations))
         if workers > 1:
@@ -105,6 +84,24 @@ def ablation_steps(paper_order: Sequence[str] = MITIGATIONS) -> list[tuple[str, 
     for label, mitigations in steps:
         kept.setdefault(mitigations, label)
     return [(label, mitigations) for mitigations, label in kept.items()]
+
+
+def check_policies(scenario: Scenario) -> None:
+    """Refuse what would only fail in the middle of the runs: parameters for a policy that is neither run nor installed, an ablation of one not run."""
+    known = [*scenario.policies.names, *(entry.name for entry in entry_points(group="waveos.policies"))]
+    for name in scenario.policies.params:
+        if name not in known:
+            raise ConfigError(
+                f"policies.params.{name}: no policy of that name{nearest(name, known)}; this scenario runs {', '.join(scenario.policies.names)}"
+            )
+    for name in scenario.policies.names:
+        if ".py" not in name and name not in known[len(scenario.policies.names) :]:
+            installed = sorted(known[len(scenario.policies.names) :])
+            raise ConfigError(
+                f"policies.names: no policy {name!r}{nearest(name, installed)}; installed: {', '.join(installed)}; or name a file, as my.py"
+            )
+    if scenario.policies.ablation and scenario.policies.ablation not in known:
+        raise ConfigError(f"policies.ablation: no policy {scenario.policies.ablation!r}{nearest(scenario.policies.ablation, known)}")
 
 
 def capacity_per_s(scenario: Scenario, inputs: Inputs) -> float:
@@ -252,7 +249,7 @@ def drive(
             missing = [ask for ask in asks if ask not in known]
             if missing:
                 askers[id(search)] = (search, asks)
-                for ask in missing:
+                for ask in dict.fromkeys(missing):
                     if ask not in wanting:
                         jobs[pool.submit(measure(ask))] = ask
                     wanting.setdefault(ask, []).append(id(search))
@@ -278,7 +275,7 @@ def drive(
 class Comparison:
     """A scenario's configurations, run and kept. `results()` may be asked at any time: it tells what has been measured until then.
 
-    What a pool is given is a `Job`; what it answers is a point.
+    A pool is given `Job`s and answers each with (point, trace).
     """
 
     def __init__(
@@ -286,18 +283,16 @@ class Comparison:
         scenario: Scenario,
         inputs: Inputs,
         *,
-        setup_for: Callable[[Scenario, Inputs, Ask], Any],
-        point_of: Callable[[Scenario, Ask, Any], Point],
         link: Mapping[str, Any],
         machine: Any = None,
         only: Callable[[Configuration], bool] = lambda configuration: True,
     ) -> None:
+        check_policies(scenario)
         self.scenario, self.inputs = scenario, inputs
         self.grid = loads(scenario, inputs)
         self.configurations = [each for each in configurations(scenario) if only(each)]
         self.notes: list[str] = []
         self.interrupted = False
-        self._setup_for, self._point_of = setup_for, point_of
         self._link, self._machine = dict(link), machine
         self._means = class_mean_ns(scenario, inputs)
         self._limits = {name: limits_us(goal, self._means[name]) for name, goal in scenario.objective.items()}
@@ -325,6 +320,7 @@ class Comparison:
             self._ablated = Configuration(ablation, "offload", self.scenario.host.workers)
             for _, mitigations in ablation_steps():
                 configuration = replace(self._ablated, mitigations=mitigations)
+                found.append(self._unloaded(configuration))
                 if configuration not in self.configurations or not saturation:
                     found.append(self._saturation(configuration))
         return found
@@ -337,14 +333,17 @@ class Comparison:
             progress(done, expected, f"{ask.configuration.id} at {ask.load_per_s:,.0f}/s")
 
         try:
-            drive(pool, searches, lambda ask: self._setup_for(self.scenario, self.inputs, ask), self._keep, tell)
+            drive(pool, searches, lambda ask: Job(self.scenario, self.inputs, ask), self._keep, tell)
         except KeyboardInterrupt:
             self.interrupted = True
             raise
 
-    def note_unloaded(self, mitigations: tuple[str, ...], decision_ns: float) -> None:
-        """Add the cost of one decision on an idle machine to the ablation's row, ns."""
-        self._unloaded_ns[mitigations] = decision_ns
+    def trace(self, pool: Jobs, configuration: Configuration, load_per_s: float, from_ms: float, for_ms: float) -> Any:
+        """The events of one run of the first seed, from `from_ms` of virtual time on (`waveos.trace.TRACE_EVENT`)."""
+        ask = Ask(configuration, load_per_s, self.seeds[0])
+        pool.submit(Job(self.scenario, self.inputs, ask, trace_from_ns=round(1e6 * from_ms), trace_for_ns=round(1e6 * for_ms)))
+        [(_, (_, events))] = pool.finished()
+        return events
 
     def results(self) -> dict[str, Any]:
         """The results file's content: see docs of `waveos.report`."""
@@ -371,8 +370,15 @@ class Comparison:
         share = self.scenario.run.resolution_share
         return find_saturation(configuration, self.grid, self.seeds, lambda point: meets(point, self._limits), share, found)
 
-    def _keep(self, ask: Ask, result: Any) -> Point:
-        point = self._point_of(self.scenario, ask, result)
+    def _unloaded(self, configuration: Configuration) -> Search:
+        """The cost of one decision where requests do not meet each other: runnable until its switch is done."""
+        load = _rounded(UNLOADED_SHARE * capacity_per_s(self.scenario, self.inputs))
+        [point] = yield [Ask(configuration, load, self.seeds[0])]
+        if (decided_us := point["ready_to_running_p50_us"]) is not None:
+            self._unloaded_ns[configuration.mitigations] = 1000 * decided_us
+
+    def _keep(self, ask: Ask, result: tuple[Point, Any]) -> Point:
+        point, _ = result
         if ask.seed == self.seeds[0]:
             self._points.setdefault(ask.configuration, {})[ask.load_per_s] = point
         else:

@@ -116,7 +116,7 @@ def _read_rows(path: Path, columns: list[str]) -> list[list[str]]:
 
 def _read_npz(path: Path, key: str) -> Nanoseconds:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             if key not in arrays:
                 raise ConfigError(
                     f'{path} has no array {key!r}{nearest(key, arrays)}; it has {", ".join(arrays)}; write samples = "{path.name}:NAME"'

@@ -128,6 +128,7 @@ class LinkPart(_Part):
     """What joins host and IPU."""
 
     profile: str = Field(default="mount-evans", description="a link profile's name or TOML file")
+    on_host: str = Field(default="on-host", description="the profile that an agent on a host core is compared with, a name or TOML file")
     mitigations: list[Literal["wb", "wc_wt", "prestage", "prefetch"]] = Field(
         default=["wb", "wc_wt", "prestage", "prefetch"], description="a list out of " + ", ".join(f'"{name}"' for name in MITIGATIONS)
     )

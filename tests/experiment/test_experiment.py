@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from waveos.ipu_emulator.experiment import (
-    Ask,
     Comparison,
-    Configuration,
     Saturation,
     ablation_steps,
     capacity_per_s,
@@ -20,6 +18,7 @@ from waveos.ipu_emulator.experiment import (
     meets,
 )
 from waveos.ipu_emulator.inputs import Inputs
+from waveos.ipu_emulator.job import Ask, Configuration, Job
 from waveos.scenario import MITIGATIONS, Goal, check_scenario
 
 
@@ -56,8 +55,8 @@ class Engine:
             1 + 0.001 * (ask.seed - 8)
         )
 
-    def submit(self, ask):
-        self.queue.append((self.number, ask))
+    def submit(self, job):
+        self.queue.append((self.number, job.ask if isinstance(job, Job) else job))
         self.number += 1
         return self.number - 1
 
@@ -67,16 +66,23 @@ class Engine:
                 raise KeyboardInterrupt
             number, ask = self.queue.pop()
             self.asked.append(ask)
-            yield number, 200 * ask.load_per_s / self.limit(ask)
+            yield number, (point(ask, 200 * ask.load_per_s / self.limit(ask)), None)
 
 
-def point(_scenario, ask, p99_us):
+def point(ask, p99_us):
     classes = {"GET": {"count": 1000, "p50_us": 10.0, "p99_us": p99_us, "p999_us": 300.0, "mean_us": 20.0}}
-    return {"load_per_s": ask.load_per_s, "seed": ask.seed, "throughput_per_s": ask.load_per_s, "saturated": False, "classes": classes}
+    return {
+        "load_per_s": ask.load_per_s,
+        "seed": ask.seed,
+        "throughput_per_s": ask.load_per_s,
+        "saturated": False,
+        "classes": classes,
+        "ready_to_running_p50_us": 2.5,
+    }
 
 
 def compare(engine, *, saturation=True, ablation="", **changes):
-    comparison = Comparison(scenario(**changes), Inputs(), setup_for=lambda _s, _i, ask: ask, point_of=point, link={"name": "test"})
+    comparison = Comparison(scenario(**changes), Inputs(), link={"name": "test"})
     comparison.run(engine, comparison.searches(saturation=saturation, ablation=ablation))
     return comparison.results()
 
@@ -161,7 +167,7 @@ def test_without_a_search_only_the_given_loads_run():
 
 
 def test_what_was_measured_before_an_interrupt_is_kept():
-    comparison = Comparison(scenario(), Inputs(), setup_for=lambda _s, _i, ask: ask, point_of=point, link={"name": "test"})
+    comparison = Comparison(scenario(), Inputs(), link={"name": "test"})
     with pytest.raises(KeyboardInterrupt):
         comparison.run(Engine(stop_after=20), comparison.searches())
     results = comparison.results()
@@ -203,7 +209,7 @@ def test_a_search_for_a_step_function_ends_at_the_step():
 
 
 def test_a_run_in_which_requests_are_left_waiting_does_not_meet_the_objective():
-    answer = point(None, Ask(Configuration("fifo", "offload", 8), 1.0, 1), 10.0)
+    answer = point(Ask(Configuration("fifo", "offload", 8), 1.0, 1), 10.0)
     assert meets(answer, {"GET": {"p99_us": 200.0}})
     assert not meets(answer | {"saturated": True}, {"GET": {"p99_us": 200.0}})
     assert not meets(answer, {"GET": {"p99_us": 9.0}})
