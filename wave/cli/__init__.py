@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; never raises."""
+    """Run one command line and return its exit code."""
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
@@ -68,6 +68,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "wave"
         return _say(f"{error.format_message().rstrip('.')} (see: {path} --help)", ConfigError.exit_code)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # Typer's own way with it is exit code 1
+            raise leaving.__context__ from None
+        raise
     except typer.Abort as error:
         if isinstance(error.__cause__, KeyboardInterrupt):
             raise KeyboardInterrupt from None

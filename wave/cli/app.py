@@ -7,7 +7,6 @@ Modules import nothing heavy at their top: `wave --help` loads them all.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import typer
 
@@ -44,6 +43,4 @@ def _root(version: bool = typer.Option(False, "--version", callback=_show_versio
 
 
 for _module in MODULES:
-    if find_spec(f"waveos.cli.{_module}") is None:
-        continue
     app.add_typer(import_module(f"waveos.cli.{_module}").commands)

@@ -7,9 +7,7 @@ has something to judge by, `verdict` (one line). `OPTIONS` maps each option to i
 from __future__ import annotations
 
 import ast
-import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,10 +47,9 @@ def bench(
 
 
 def bench_names() -> list[str]:
-    """Names of the benchmarks that are installed, sorted; nothing of them is imported."""
-    package = find_spec("waveos.bench")
-    folders = package.submodule_search_locations if package is not None else None
-    return sorted({path.stem for folder in folders or () for path in Path(folder).glob("*.py") if _is_bench(path)})
+    """Names of the benchmarks that are installed, sorted; none of them is imported."""
+    folders = import_module("waveos.bench").__path__
+    return sorted({path.stem for folder in folders for path in Path(folder).glob("*.py") if _is_bench(path)})
 
 
 def load_bench(name: str) -> Any:
@@ -124,6 +121,7 @@ def _value(flag: str, text: str, default: Any) -> Any:
 
 
 def _list(as_json: bool) -> None:
+    """All benchmarks, each with its options and their defaults."""
     rows: list[dict[str, Any]] = []
     for name in bench_names():
         try:
@@ -131,14 +129,17 @@ def _list(as_json: bool) -> None:
         except MissingError as error:
             rows.append({"name": name, "about": str(error), "options": {}})
             continue
-        rows.append({"name": name, "about": _first_line(module), "options": _defaults(module)})
+        about = {key: value[1] if isinstance(value, tuple) and len(value) == 2 else "" for key, value in module.OPTIONS.items()}
+        options = {key: {"default": value, "about": about[key]} for key, value in _defaults(module).items()}
+        rows.append({"name": name, "about": _first_line(module), "options": options})
     if as_json:
         print_json(rows)
         return
-    print_table(
-        ("benchmark", "options", "measures"),
-        [(row["name"], " ".join(f"--{key.replace('_', '-')} {value}" for key, value in row["options"].items()), row["about"]) for row in rows],
-    )
+    lines: list[tuple[str, str]] = []
+    for row in rows:
+        lines.append((row["name"], row["about"]))
+        lines += [(f"  --{key.replace('_', '-')} {option['default']}", f"  {option['about']}") for key, option in row["options"].items()]
+    print_table(("benchmark, and its options with their defaults", "what it measures"), lines)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -153,4 +154,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _first_line(module: Any) -> str:
-    return (module.__doc__ or sys.modules[module.__name__].__name__).strip().split("\n")[0].rstrip(".")
+    return (module.__doc__ or module.__name__).strip().split("\n")[0].rstrip(".")
