@@ -132,10 +132,10 @@ class Pool:
             fine, answer = child.pipe.recv()
         except (EOFError, ConnectionResetError):
             raise _death(child) from None
-        if not fine:
-            raise answer
         number = child.job[0]
         child.job = None
+        if not fine:
+            raise answer
         self._hand_out()
         return number, answer
 

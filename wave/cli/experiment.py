@@ -398,7 +398,7 @@ def _show_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
             task = bar.add_task(label or "starting", total=None)
             yield lambda done, expected, what: bar.update(task, completed=done, total=expected, description=f"{label}{what}")
         return
-    last = time.monotonic()
+    last = time.monotonic() - _EVERY_S + 1  # the first line soon
 
     def say(done: int, expected: int, what: str) -> None:
         nonlocal last
