@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from waveos.paths import cache_dir
+
 F = TypeVar("F", bound=Callable[..., Any])
+KEPT = 8
+"""Generations of compiled code that stay on disk."""
+
+
+def _choose_cache() -> None:
+    """Keep compiled code in a folder named by a hash of all sources that may be part of it.
+
+    numba looks at a function's own file only: a change in a function that it calls would go unnoticed.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ:
+        root = Path(os.environ["NUMBA_CACHE_DIR"])
+    else:
+        root = cache_dir("compiled")
+    here = Path(__file__).resolve().parent
+    rooms = [here, here.parent / "agents", here.parent / "ipu_emulator", here.parent / "bench", here / "agents", here / "ipu_emulator", here / "bench"]
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted({path for room in rooms for path in room.rglob("*.py") if path.parent.name not in ("cli", "report")}):
+        text = path.read_bytes()
+        if b"jit" in text or path.parent.name == "sched" or path.parent == here:
+            digest.update(path.name.encode() + text)
+    folder = root / digest.hexdigest()[:16]
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted((each for each in root.iterdir() if each.is_dir() and each != folder), key=lambda each: each.stat().st_mtime, reverse=True)
+        for old in others[KEPT - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+    numba.config.CACHE_DIR = str(folder)
+
+
+_choose_cache()
 
 
 def jit(function: F) -> F:

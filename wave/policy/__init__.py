@@ -8,7 +8,7 @@ from __future__ import annotations
 from waveos.policy.bind import Bound
 from waveos.policy.find import load_policy, policy_names
 from waveos.policy.policy import Param, Policy
-from waveos.policy.state import array, heap, heap_key, heap_pop, heap_push, jitable, per_cpu, per_thread, pop, push, ring, rings, size
+from waveos.policy.state import array, heap, heap_key, heap_pop, heap_push, heaps, jitable, per_cpu, per_thread, pop, push, ring, rings, size
 
 __all__ = [
     "Bound",
@@ -19,6 +19,7 @@ __all__ = [
     "heap_key",
     "heap_pop",
     "heap_push",
+    "heaps",
     "jitable",
     "load_policy",
     "per_cpu",

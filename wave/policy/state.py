@@ -12,7 +12,7 @@ import numpy as np
 from waveos.jit import jitable, jitable_inline
 from waveos.sched.records import MAX_CPUS, MAX_THREADS
 
-__all__ = ["array", "heap", "heap_key", "heap_pop", "heap_push", "jitable", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
+__all__ = ["array", "heap", "heap_key", "heap_pop", "heap_push", "heaps", "jitable", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
 
 Dtype = np.dtype[Any]
 
@@ -31,6 +31,11 @@ def heap(capacity: int) -> Dtype:
     """A min-heap of up to `capacity` (key, value) pairs; equal keys leave in the order they came."""
     n = _positive(capacity)
     return np.dtype([("head", "i8"), ("tail", "i8"), ("order", "i8"), ("key", "i8", (n,)), ("rank", "i8", (n,)), ("slot", "i8", (n,))], align=True)
+
+
+def heaps(count: int, capacity: int) -> Dtype:
+    """`count` heaps: `self.queues[k]` is one."""
+    return np.dtype((heap(capacity), (_positive(count),)))
 
 
 def array(count: int, dtype: str = "i8") -> Dtype:

@@ -1,6 +1,6 @@
 """What the runtime guarantees to every scheduling policy, as one pure function over a stream of records.
 
-`feed` takes one message; a BATCH_END record says that the queue is drained and what the agent's clock reads. Decisions collect in `runtime.out`,
+`feed` takes one message; a BATCH_END record says that the queue is drained and what the agent's clock reads. Decisions collect in `out`,
 stamped with the thread's newest sequence number; the caller sends and clears them. The same function runs in the emulator, in the agent's polling loop
 and in replay, so equal streams give equal decisions, byte for byte.
 
@@ -15,12 +15,13 @@ The laws:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numba import carray
 
 from waveos.errors import PolicyError
-from waveos.jit import call_dispatch, jit, store_word
+from waveos.jit import as_pointer, call_dispatch, jit, store_word
 from waveos.outcome import Outcome
 from waveos.policy.bind import Bound
 from waveos.record import VERSION
@@ -62,36 +63,6 @@ ABSENT, BLOCKED, RUNNABLE, STAGED, RUNNING = range(5)
 # What stopped a policy.
 RAISED, NOT_ITS_THREAD, NOT_A_THREAD, NOT_A_CPU, CPU_FULL, TOO_MANY = range(1, 7)
 
-HEAD = np.dtype(
-    [
-        ("dispatch", "i8"),
-        ("handlers", "i8"),  # bit t: the policy handles type t
-        ("state", "i8"),  # addresses: of the policy's state,
-        ("msg", "i8"),  # of what a handler is given,
-        ("orders", "i8"),  # and of what it answers
-        ("watch", "i8"),  # address of a word that shows which handler runs; 0: none
-        ("cpus", "i8"),
-        ("threads", "i8"),
-        ("ahead", "i8"),  # decisions to prestage on a busy CPU; 0: none
-        ("conserving", "i8"),
-        ("now_ns", "i8"),  # the agent's clock at the last batch end
-        ("basis_ns", "i8"),  # host time of the newest message
-        ("txn", "i8"),  # decisions made so far
-        ("waiting", "i8"),  # runnable threads in the policy's hands
-        ("out", "i8"),  # decisions in `out`
-        ("failed", "i8"),
-        ("failed_type", "i8"),
-        ("failed_tid", "i8"),
-        ("failed_cpu", "i8"),
-        ("failed_time_ns", "i8"),
-        ("dropped", "i8"),  # threads that left while the policy held them
-        ("restaged", "i8"),  # staged threads offered to a CPU that fell idle
-        ("redelivered", "i8"),  # threads that came back after a failed transaction
-        ("unserved", "i8"),  # batches after which a CPU idled while the policy held a thread
-        ("next_restage", "i8"),
-    ],
-    align=True,
-)
 THREAD = np.dtype(
     [
         ("seq", "i8"),
@@ -124,54 +95,75 @@ CPU = np.dtype(
 )
 
 
-class Runtime(NamedTuple):
-    """The runtime of one enclave: tables as the newest messages have them, and scratch."""
+RUNTIME = np.dtype(
+    [
+        ("dispatch", "i8"),
+        ("handlers", "i8"),  # bit t: the policy handles type t
+        ("state_at", "i8"),  # addresses: of the policy's state,
+        ("initial_at", "i8"),  # of the same as it was at first,
+        ("state_bytes", "i8"),
+        ("msg_at", "i8"),  # of what a handler is given,
+        ("orders_at", "i8"),  # and of what it answers
+        ("watch", "i8"),  # address of a word that shows which handler runs; 0: none
+        ("cpus", "i8"),
+        ("threads", "i8"),
+        ("ahead", "i8"),  # decisions to prestage on a busy CPU; 0: none
+        ("conserving", "i8"),
+        ("now_ns", "i8"),  # the agent's clock at the last batch end
+        ("basis_ns", "i8"),  # host time of the newest message
+        ("txn", "i8"),  # decisions made so far
+        ("waiting", "i8"),  # runnable threads in the policy's hands
+        ("made", "i8"),  # decisions in `out`
+        ("failed", "i8"),
+        ("failed_type", "i8"),
+        ("failed_tid", "i8"),
+        ("failed_cpu", "i8"),
+        ("failed_time_ns", "i8"),
+        ("dropped", "i8"),  # threads that left while the policy held them
+        ("restaged", "i8"),  # staged threads offered to a CPU that fell idle
+        ("redelivered", "i8"),  # threads that came back after a failed transaction
+        ("unserved", "i8"),  # batches after which a CPU idled while the policy held a thread
+        ("next_restage", "i8"),
+        ("msg", MESSAGE),  # what a handler is given
+        ("orders", ORDERS),  # what it answers
+        ("cpu", CPU, (MAX_CPUS,)),
+        ("out", DECISION, (OUT,)),
+        ("thread", THREAD, (MAX_THREADS,)),
+    ],
+    align=True,
+)
+"""The runtime of one enclave: its tables as the newest messages have them, and scratch. One block of memory, so that calls pass one pointer."""
 
-    head: np.ndarray[Any, Any]  # [1] HEAD
-    thread: np.ndarray[Any, Any]  # [threads] THREAD
-    cpu: np.ndarray[Any, Any]  # [cpus] CPU
-    msg: np.ndarray[Any, Any]  # [1] MESSAGE, what a handler is given
-    orders: np.ndarray[Any, Any]  # [1] ORDERS, what it answers
-    out: np.ndarray[Any, Any]  # [OUT] DECISION
-    state: np.ndarray[Any, Any]  # the policy's state, bytes
-    initial: np.ndarray[Any, Any]  # and as it was
 
+def make_runtime(bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: int = 0, watch: int = 0, into: np.ndarray[Any, Any] | None = None) -> Any:
+    """A runtime, [1] RUNTIME, for `bound` over CPUs 0..cpus-1 and threads 0..threads-1, with `ahead` decisions prestaged; `into`: memory for it.
 
-def make_runtime(bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: int = 0, watch: int = 0) -> Runtime:
-    """A runtime for `bound` over CPUs 0..cpus-1 and threads 0..threads-1, with `ahead` decisions prestaged. CPUs exist once CPU_NEW told so."""
+    A CPU exists once CPU_NEW has told so.
+    """
     if not 1 <= cpus <= MAX_CPUS or not 1 <= threads <= MAX_THREADS or not 0 <= ahead < DEPTH:
         raise ValueError(f"cpus {cpus} of 1..{MAX_CPUS}, threads {threads} of 1..{MAX_THREADS}, ahead {ahead} of 0..{DEPTH - 1}")
-    head = np.zeros(1, HEAD)
-    head["dispatch"], head["handlers"], head["state"], head["watch"] = bound.address, bound.handlers, bound.state_address, watch
-    head["cpus"], head["threads"], head["ahead"], head["conserving"] = cpus, threads, ahead, bound.policy.work_conserving
-    runtime = Runtime(
-        head,
-        np.zeros(threads, THREAD),
-        np.zeros(cpus, CPU),
-        np.zeros(1, MESSAGE),
-        np.zeros(1, ORDERS),
-        np.zeros(OUT, DECISION),
-        bound.state.view(np.uint8),
-        bound.initial.view(np.uint8),
-    )
-    head["msg"], head["orders"] = runtime.msg.ctypes.data, runtime.orders.ctypes.data
-    runtime.cpu["running"] = -1
+    runtime = np.zeros(1, RUNTIME) if into is None else into
+    runtime["dispatch"], runtime["handlers"], runtime["watch"] = bound.address, bound.handlers, watch
+    runtime["state_at"], runtime["initial_at"], runtime["state_bytes"] = bound.state_address, bound.initial.ctypes.data, bound.state.nbytes
+    runtime["msg_at"], runtime["orders_at"] = runtime["msg"].ctypes.data, runtime["orders"].ctypes.data
+    runtime["cpus"], runtime["threads"], runtime["ahead"], runtime["conserving"] = cpus, threads, ahead, bound.policy.work_conserving
+    runtime["cpu"]["running"] = -1
     return runtime
 
 
-def failure(runtime: Runtime, bound: Bound) -> PolicyError:
-    """What a runtime that stopped (`head.failed`) has to say, in one line."""
-    head = runtime.head[0]
+def failure(runtime: np.ndarray[Any, Any], bound: Bound) -> PolicyError:
+    """What a runtime that stopped (`failed`) has to say, in one line."""
+    head = runtime[0]
     name = bound.policy.name
     handler = Message(int(head["failed_type"])).name.lower() if head["failed_type"] else "batch end"
     place = f"policy {name!r}, {handler} at {int(head['failed_time_ns'])} ns"
     tid, cpu = int(head["failed_tid"]), int(head["failed_cpu"])
     match int(head["failed"]):
         case 1:
-            return PolicyError(f"{place}: {bound.explain(runtime.msg)}{_full_queue(bound)}")
+            return PolicyError(f"{place}: {bound.explain(runtime['msg'])}{_full_queue(bound)}")
         case 2:
             states = ("is gone or was never there", "is blocked", "is already placed", "is already staged", "is already running")
-            state = states[int(runtime.thread["state"][tid])]
+            state = states[int(runtime["thread"]["state"][0, tid])]
             return PolicyError(f"{place}: ran thread {tid}, which {state}; run only threads given by thread_runnable, each once")
         case 3:
             return PolicyError(f"{place}: ran thread {tid}; the enclave's threads are 0..{int(head['threads']) - 1}")
@@ -197,25 +189,23 @@ def _full_queue(bound: Bound) -> str:
 
 @jit
 def _fail(rt: Any, code: int, tid: int, cpu: int) -> None:
-    h = rt.head[0]
-    if h.failed == 0:
-        h.failed, h.failed_type, h.failed_tid, h.failed_cpu = code, rt.msg[0].type, tid, cpu
-        h.failed_time_ns = max(h.basis_ns, h.now_ns)
+    if rt.failed == 0:
+        rt.failed, rt.failed_type, rt.failed_tid, rt.failed_cpu = code, rt.msg.type, tid, cpu
+        rt.failed_time_ns = max(rt.basis_ns, rt.now_ns)
 
 
 @jit
 def _emit(rt: Any, kind: int, tid: int, cpu: int, flags: int) -> None:
-    h = rt.head[0]
-    if h.out >= OUT:
+    if rt.made >= OUT:
         _fail(rt, TOO_MANY, tid, cpu)
         return
-    d = rt.out[h.out]
+    d = rt.out[rt.made]
     d.mark, d.version, d.subsystem, d.type = 0, VERSION, SUBSYSTEM, kind
     d.seq = rt.thread[tid].seq if tid >= 0 else 0
-    d.time_ns, d.decided_ns = h.basis_ns, h.now_ns
-    d.tid, d.cpu, d.flags, d.cpu_seq, d.txn, d.spare = tid, cpu, flags, rt.cpu[cpu].seq, h.txn, 0
-    h.txn += 1
-    h.out += 1
+    d.time_ns, d.decided_ns = rt.basis_ns, rt.now_ns
+    d.tid, d.cpu, d.flags, d.cpu_seq, d.txn, d.spare = tid, cpu, flags, rt.cpu[cpu].seq, rt.txn, 0
+    rt.txn += 1
+    rt.made += 1
 
 
 @jit
@@ -255,15 +245,15 @@ def _live(rt: Any, cpu: int) -> Any:
 @jit
 def _apply(rt: Any) -> None:
     """Carry out the orders of the handler that just returned."""
-    h, orders = rt.head[0], rt.orders[0]
+    orders = rt.orders
     for i in range(orders.n):
         op, tid, cpu = orders.op[i], orders.tid[i], orders.cpu[i]
-        if cpu < 0 or cpu >= h.cpus or not rt.cpu[cpu].present:
+        if cpu < 0 or cpu >= rt.cpus or not rt.cpu[cpu].present:
             _fail(rt, NOT_A_CPU, tid, cpu)
             return
         c = rt.cpu[cpu]
         if op == ORDER_RUN or op == ORDER_RUN_NOW:
-            if tid < 0 or tid >= h.threads:
+            if tid < 0 or tid >= rt.threads:
                 _fail(rt, NOT_A_THREAD, tid, cpu)
                 return
             t = rt.thread[tid]
@@ -272,10 +262,10 @@ def _apply(rt: Any) -> None:
                 return
             t.held = 0
             if t.state == RUNNABLE:
-                h.waiting -= 1
+                rt.waiting -= 1
                 _stage(rt, tid, cpu, op == ORDER_RUN_NOW)
             else:
-                h.dropped += 1
+                rt.dropped += 1
         elif op == ORDER_PREEMPT:
             if c.running >= 0 and not c.ordered:
                 if _live(rt, cpu):
@@ -290,10 +280,9 @@ def _apply(rt: Any) -> None:
 @jit
 def _deliver(rt: Any, kind: int, tid: int, cpu: int, front: int, outcome: int, time_ns: int) -> None:
     """Call the policy's handler for `kind`, if it has one, and carry out what it orders."""
-    h = rt.head[0]
-    if h.failed or not (h.handlers >> kind) & 1:
+    if rt.failed or not (rt.handlers >> kind) & 1:
         return
-    m = rt.msg[0]
+    m = rt.msg
     m.version, m.subsystem, m.type = VERSION, SUBSYSTEM, kind
     m.time_ns, m.tid, m.cpu, m.front, m.outcome = time_ns, tid, cpu, front, outcome
     m.cpu_seq = rt.cpu[cpu].seq if cpu >= 0 else 0
@@ -302,10 +291,10 @@ def _deliver(rt: Any, kind: int, tid: int, cpu: int, front: int, outcome: int, t
         m.seq, m.request_class, m.qos, m.deadline_ns, m.work_ns, m.ran_ns = t.seq, t.request_class, t.qos, t.deadline_ns, t.work_ns, t.ran_ns
     else:
         m.seq, m.request_class, m.qos, m.deadline_ns, m.work_ns, m.ran_ns = 0, 0, 0, 0, 0, 0
-    rt.orders[0].n = 0
-    store_word(h.watch, kind)
-    raised = call_dispatch(h.dispatch, h.state, h.msg, h.orders)
-    store_word(h.watch, 0)
+    rt.orders.n = 0
+    store_word(rt.watch, kind)
+    raised = call_dispatch(rt.dispatch, rt.state_at, rt.msg_at, rt.orders_at)
+    store_word(rt.watch, 0)
     if raised:
         _fail(rt, RAISED, tid, cpu)
     else:
@@ -315,13 +304,13 @@ def _deliver(rt: Any, kind: int, tid: int, cpu: int, front: int, outcome: int, t
 @jit
 def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, time_ns: int) -> None:
     """Put a runnable thread into the policy's hands, once."""
-    h, t = rt.head[0], rt.thread[tid]
+    t = rt.thread[tid]
     if t.state != RUNNABLE:
         t.state = RUNNABLE
-        h.waiting += 1
+        rt.waiting += 1
     if not t.held:
         t.held = 1
-        if not (h.handlers >> kind) & 1:
+        if not (rt.handlers >> kind) & 1:
             kind = THREAD_RUNNABLE
         _deliver(rt, kind, tid, cpu, front, outcome, time_ns)
 
@@ -329,9 +318,9 @@ def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, tim
 @jit
 def _leave(rt: Any, tid: int, state: int) -> None:
     """The thread can no longer run."""
-    h, t = rt.head[0], rt.thread[tid]
+    t = rt.thread[tid]
     if t.state == RUNNABLE:
-        h.waiting -= 1
+        rt.waiting -= 1
     t.state = state
 
 
@@ -362,40 +351,41 @@ def _settle_outcome(rt: Any, m: Any) -> None:
     t = rt.thread[tid]
     if outcome == COMMITTED:
         if t.state == RUNNABLE:
-            rt.head[0].waiting -= 1
+            rt.waiting -= 1
         t.seq, t.state, t.cpu = m.seq, RUNNING, cpu
         c.running, c.seq, c.idle, c.ordered, c.preempting, c.timer_ns = tid, m.cpu_seq, 0, 0, 0, 0
         _deliver(rt, THREAD_RUNNING, tid, cpu, 0, 0, m.time_ns)
     else:
         c.ordered = 0
         if t.state == STAGED and t.cpu == cpu:  # else: another copy of the decision, or news of the thread, came first
-            rt.head[0].redelivered += 1
+            rt.redelivered += 1
             _offer(rt, tid, cpu, TXN_FAILED, 1, outcome, m.time_ns)
 
 
 @jit
 def _reset(rt: Any) -> None:
     """Forget everything: the host's state follows."""
-    h = rt.head[0]
-    for i in range(rt.state.shape[0]):
-        rt.state[i] = rt.initial[i]
-    for tid in range(h.threads):
+    state = carray(as_pointer(rt.state_at), rt.state_bytes, np.uint8)
+    initial = carray(as_pointer(rt.initial_at), rt.state_bytes, np.uint8)
+    for i in range(rt.state_bytes):
+        state[i] = initial[i]
+    for tid in range(rt.threads):
         t = rt.thread[tid]
         t.state, t.held = ABSENT, 0
-    for cpu in range(h.cpus):
+    for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         c.timer_ns, c.running, c.staged, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0
-    h.waiting = 0
+    rt.waiting = 0
 
 
 @jit
 def _ask(rt: Any, cpu: int, ahead: int) -> bool:
     """Ask the policy for a thread for `cpu` until it places one or declines."""
-    h, c = rt.head[0], rt.cpu[cpu]
+    c = rt.cpu[cpu]
     before = c.staged
-    while c.staged == before and h.waiting > 0 and not h.failed:
-        _deliver(rt, CPU_IDLE, -1, cpu, ahead, 0, h.now_ns)
-        if rt.orders[0].n == 0:
+    while c.staged == before and rt.waiting > 0 and not rt.failed:
+        _deliver(rt, CPU_IDLE, -1, cpu, ahead, 0, rt.now_ns)
+        if rt.orders.n == 0:
             return False
     return c.staged != before
 
@@ -403,16 +393,15 @@ def _ask(rt: Any, cpu: int, ahead: int) -> bool:
 @jit
 def _restage(rt: Any, cpu: int) -> None:
     """Offer a thread that is staged behind a busy CPU to `cpu`, which is idle: decide it again there."""
-    h = rt.head[0]
-    for i in range(h.cpus):
-        other = (h.next_restage + i) % h.cpus
+    for i in range(rt.cpus):
+        other = (rt.next_restage + i) % rt.cpus
         o = rt.cpu[other]
         if o.staged and o.running >= 0 and not o.ordered:
             tid = int(o.staged_tid[o.staged - 1])
             t = rt.thread[tid]
             if t.state == STAGED and t.cpu == other:
-                h.restaged += 1
-                h.next_restage = other + 1
+                rt.restaged += 1
+                rt.next_restage = other + 1
                 _stage(rt, tid, cpu, False)
                 return
 
@@ -420,55 +409,53 @@ def _restage(rt: Any, cpu: int) -> None:
 @jit
 def _settle_batch(rt: Any, now_ns: int) -> None:
     """The level-triggered part, after a drained batch."""
-    h = rt.head[0]
-    h.now_ns = max(h.now_ns, now_ns)
-    for cpu in range(h.cpus):
+    rt.now_ns = max(rt.now_ns, now_ns)
+    for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
-        if c.timer_ns and c.timer_ns <= h.now_ns and c.running >= 0 and not c.ordered:
-            _deliver(rt, TIMER_EXPIRED, int(c.running), cpu, 0, 0, h.now_ns)
+        if c.timer_ns and c.timer_ns <= rt.now_ns and c.running >= 0 and not c.ordered:
+            _deliver(rt, TIMER_EXPIRED, int(c.running), cpu, 0, 0, rt.now_ns)
     idle_left = False
-    for cpu in range(h.cpus):
+    for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         if not c.present or c.taken:
             continue
-        if c.preempting and h.waiting:
+        if c.preempting and rt.waiting:
             _ask(rt, cpu, 0)
         c.preempting = 0
         if c.idle:
             if c.staged == 0:
-                if h.waiting and not _ask(rt, cpu, 0):
+                if rt.waiting and not _ask(rt, cpu, 0):
                     idle_left = True
-                if c.staged == 0 and h.waiting == 0 and h.conserving and h.ahead:
+                if c.staged == 0 and rt.waiting == 0 and rt.conserving and rt.ahead:
                     _restage(rt, cpu)
             elif not c.staged_kicked[0]:
                 c.staged_kicked[0] = 1
                 _emit(rt, KICK, -1, cpu, KICKED)
-    if idle_left and h.waiting and h.conserving:
-        h.unserved += 1
-    for cpu in range(h.cpus):
-        if h.waiting == 0:
+    if idle_left and rt.waiting and rt.conserving:
+        rt.unserved += 1
+    for cpu in range(rt.cpus):
+        if rt.waiting == 0:
             break
         c = rt.cpu[cpu]
-        if c.running >= 0 and not c.taken and c.staged < DEPTH - 1 and _live(rt, cpu) < h.ahead:
+        if c.running >= 0 and not c.taken and c.staged < DEPTH - 1 and _live(rt, cpu) < rt.ahead:
             _ask(rt, cpu, 1)
 
 
 @jit
 def feed(rt: Any, m: Any) -> Any:
     """Take one record of the host's stream, or a BATCH_END. Returns False once the policy has failed; then nothing changes any more."""
-    h = rt.head[0]
-    if h.failed:
+    if rt.failed:
         return False
     kind = int(m.type)
     if kind == BATCH_END:
         _settle_batch(rt, m.time_ns)
-        return h.failed == 0
-    h.basis_ns = max(h.basis_ns, m.time_ns)
+        return rt.failed == 0
+    rt.basis_ns = max(rt.basis_ns, m.time_ns)
     tid, cpu, front = int(m.tid), int(m.cpu), int(m.front)
     if kind == RESYNC:
         _reset(rt)
         return True
-    if cpu >= h.cpus or tid >= h.threads or cpu < -1 or tid < -1:
+    if cpu >= rt.cpus or tid >= rt.threads or cpu < -1 or tid < -1:
         return True  # not of this enclave; the host's half refuses such things, and so does this one
     if kind == TXN_OUTCOME:
         _settle_outcome(rt, m)
@@ -512,26 +499,24 @@ def feed(rt: Any, m: Any) -> Any:
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         elif kind == TICK:
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
-    return h.failed == 0
+    return rt.failed == 0
 
 
 @jit
-def feed_all(rt: Any, messages: Any, first: int, out: Any) -> Any:
+def feed_all(runtime: Any, messages: Any, first: int, out: Any) -> Any:
     """Feed `messages[first:]` until all are taken, the policy fails, or `out` cannot hold one more batch. Returns (messages taken, decisions written).
 
-    messages: [n] MESSAGE; out: [m] DECISION.
+    runtime: [1] RUNTIME; messages: [n] MESSAGE; out: [m] DECISION.
     """
-    h = rt.head[0]
+    rt = runtime[0]
     n, written = first, 0
     while n < messages.shape[0]:
         ok = feed(rt, messages[n])
         n += 1
-        if written + h.out + OUT > out.shape[0] and not ok:
-            break
-        for i in range(h.out):
+        for i in range(rt.made):
             out[written] = rt.out[i]
             written += 1
-        h.out = 0
+        rt.made = 0
         if not ok or written + OUT > out.shape[0]:
             break
     return n, written
