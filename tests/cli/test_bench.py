@@ -29,10 +29,11 @@ def toys(tmp_path, monkeypatch):
     """A folder with benchmarks beside Wave's own: toy, and one whose peer is not installed."""
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "peerless.py").write_text('"""Wants a peer."""\nimport no_such_peer\nOPTIONS = {}\ndef run(**options): return no_such_peer.run()\n')
+    (tmp_path / "late.py").write_text('"""Wants a peer when it runs."""\nOPTIONS = {}\ndef run(**options):\n    import no_such_peer\n')
     (tmp_path / "shelf.py").write_text("def run(): ...\n")
     monkeypatch.setattr(waveos.bench, "__path__", [*waveos.bench.__path__, str(tmp_path)])
     yield
-    for name in ("toy", "peerless", "shelf"):
+    for name in ("toy", "peerless", "late", "shelf"):
         sys.modules.pop(f"waveos.bench.{name}", None)
 
 
@@ -65,6 +66,7 @@ class TestBench:
             (["toy", "--share", "half"], 2, "wave: --share half: wants a number"),
             (["toy", "--rounds"], 2, "wave: --rounds of bench 'toy' wants a value"),
             (["toy", "--quick=maybe"], 2, "wave: --quick maybe: wants true or false"),
+            (["late"], 5, "late: Wants a peer when it runs ...\nwave: bench 'late' needs the Python package 'no_such_peer': pip install"),
             (["peerless", "--seed", "1"], 5, "wave: bench 'peerless' needs the Python package 'no_such_peer': pip install"),
         ],
     )
@@ -72,7 +74,7 @@ class TestBench:
         assert run(["bench", *arguments]) == code
         said = capsys.readouterr()
         assert said.err.startswith(line)
-        assert said.err.count("\n") == 1
+        assert said.err.count("\n") == line.count("\n") + 1
 
     def test_the_list_has_every_option_with_its_default_and_survives_a_missing_peer(self, capsys):
         assert run(["bench", "--json"]) == 0

@@ -28,6 +28,7 @@ def checkout(tmp_path):
     for name in ("python", "wave"):
         (tmp_path / ".venv" / "bin" / name).write_text(STUB.format(log=tmp_path / "log"))
         (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin" / "pip").write_text(f"#!{tmp_path}/.venv/bin/python\n")
     return tmp_path
 
 

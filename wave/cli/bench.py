@@ -39,7 +39,10 @@ def bench(
         options["seed"] = seed
     if not as_json:
         talk(f"{name}: {_first_line(module)} ...")
-    result = module.run(**options)
+    try:
+        result = module.run(**options)
+    except ModuleNotFoundError as error:
+        raise _missing(name, error) from error
     if as_json:
         print_json(result)
     else:
@@ -60,9 +63,14 @@ def load_bench(name: str) -> Any:
     try:
         return import_module(f"waveos.bench.{name}")
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("waveos"):
-            raise
-        raise MissingError(f"bench {name!r} needs the Python package {error.name!r}: pip install 'waveos[bench,host]'") from error
+        raise _missing(name, error) from error
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> Exception:
+    """What to tell of a package that is not there; a module of Wave's own that is not there is a bug and stays one."""
+    if (error.name or "").startswith("waveos"):
+        return error
+    return MissingError(f"bench {name!r} needs the Python package {error.name!r}: pip install 'waveos[bench,host]'")
 
 
 def _is_bench(path: Path) -> bool:
