@@ -16,7 +16,9 @@ def latency_us(name: str, quantile: str, load: float, capacity: float, policy: s
     return CLASSES[name] * (1 + 0.15 * stretch * rho / (1 - rho)) + blocked * stretch + 5.0
 
 
-def make_configuration(policy: str, world: str, capacity: float, *, workers: int = 8, column: str = "same workers", seeds: int = 3, loads: int = 10) -> dict[str, Any]:
+def make_configuration(
+    policy: str, world: str, capacity: float, *, workers: int = 8, column: str = "same workers", seeds: int = 3, loads: int = 10
+) -> dict[str, Any]:
     points = []
     for step in range(1, loads + 1):
         load = 90_000.0 * step
@@ -54,7 +56,9 @@ def make_results() -> dict[str, Any]:
     configs = [make_configuration("kernel", "kernel", 700_000)]
     for policy, capacity in (("fifo", 620_000), ("shinjuku", 800_000), ("shinjuku_mq", 850_000)):
         configs.append(make_configuration(policy, "on-host", capacity))
-        configs.append(make_configuration(policy, "on-host", capacity * 7 / 8, workers=7, column="same machine") | {"id": f"{policy}/on-host/same-machine"})
+        configs.append(
+            make_configuration(policy, "on-host", capacity * 7 / 8, workers=7, column="same machine") | {"id": f"{policy}/on-host/same-machine"}
+        )
         configs.append(make_configuration(policy, "offload", capacity * 0.966))
     sets = (("none", [], 9_600, 310_000), ("+ write-back", ["wb"], 6_100, 480_000), ("+ WC/WT mappings", ["wb", "wc_wt"], 4_200, 610_000))
     sets += (("+ prestaging", ["wb", "wc_wt", "prestage"], 2_500, 700_000), ("all", ["wb", "wc_wt", "prestage", "prefetch"], 1_900, 720_000))
@@ -64,10 +68,16 @@ def make_results() -> dict[str, Any]:
             "name": "rocksdb",
             "about": "RocksDB on eight workers, 0.5 % range scans.",
             "host": {"workers": 8},
-            "workload": {"classes": [{"name": "GET", "share": 0.995, "service": {"samples": "rocksdb:get"}}, {"name": "RANGE", "share": 0.005}], "loads_share": [0.2, 0.8]},
+            "workload": {
+                "classes": [{"name": "GET", "share": 0.995, "service": {"samples": "rocksdb:get"}}, {"name": "RANGE", "share": 0.005}],
+                "loads_share": [0.2, 0.8],
+            },
             "objective": {"GET": {"p99_us": 200.0}, "RANGE": {"p99_x_mean": 10.0}},
         },
-        "service": {"GET": {"mean_us": 3.4, "p50_us": 3.2, "p99_us": 6.2, "source": "measured"}, "RANGE": {"mean_us": 1030.0, "p50_us": 1012.0, "p99_us": 1672.0}},
+        "service": {
+            "GET": {"mean_us": 3.4, "p50_us": 3.2, "p99_us": 6.2, "source": "measured"},
+            "RANGE": {"mean_us": 1030.0, "p50_us": 1012.0, "p99_us": 1672.0},
+        },
         "timing": "modelled",
         "link": {"name": "mount-evans", "verified": False, "source": "orders of magnitude from public PCIe measurements"},
         "machine": {"cpu": "Example 9000", "cpus": 2},

@@ -100,7 +100,7 @@ def draw_one_load(reading: Reading) -> str:
     """For results at one load: p50, p99 and p99.9 of each configuration, one column a class."""
     rows = [row for row in reading.rows() if row.load_per_s is not None]
     labels = [row.configuration.label for row in rows]
-    figure, (panels,) = _grid(1, len(reading.classes), 0.85 + 0.3 * len(rows), left=_room_for(labels), gap=0.3, sharey=True)
+    figure, (panels,) = _grid(1, len(reading.classes), 1.05 + 0.28 * len(rows), left=_room_for(labels), gap=0.3, sharey=True)
     for panel, name in zip(panels, reading.classes, strict=True):
         for place, row in enumerate(rows):
             found = [(label, us) for key, label in QUANTILES.items() if (us := row.latency_us[name][key])]
@@ -113,15 +113,18 @@ def draw_one_load(reading: Reading) -> str:
         panel.set_title(f"{name} latency", color=ROLES["ink"], fontsize=10, loc="left")
         panel.grid(visible=False, axis="y")
     panels[0].set_yticks(range(len(rows)), labels)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    panels[0].set_ylim(len(rows) - 0.5, -1.2)
     return _to_page(figure, "one-load", "Latency of each configuration")
 
 
 def _draw_goals(panel: Any, reading: Reading, name: str) -> None:
     for quantile, us in reading.objective_us.get(name, {}).items():
         panel.axvline(us, color=ROLES["goal"], linewidth=1.1, zorder=1.5)
-        text = f"{QUANTILES.get(quantile, '')} objective"
-        panel.annotate(text, (us, 1), (-3, -9), xycoords=("data", "axes fraction"), textcoords="offset points", color=ROLES["goal"], fontsize=8, ha="right")
+        text, place = (
+            f"{QUANTILES.get(quantile, '')} objective {show_time(us)}",
+            {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"},
+        )
+        panel.annotate(text, (us, 1), (-3, -9), **place, color=ROLES["goal"], fontsize=8, ha="right")
 
 
 def draw_saturation(reading: Reading) -> str:
@@ -130,7 +133,7 @@ def draw_saturation(reading: Reading) -> str:
     labels = [f"{each.label}, {each.workers} workers" if each.workers else each.label for each in shown]
     figure, ((panel,),) = _grid(1, 1, 0.65 + 0.27 * len(shown), left=_room_for(labels), above=0.05)
     for place, each in enumerate(shown):
-        colour, marker = _colour_of(reading, each), _marker(reading, each) or "o"
+        colour, marker = _colour_of(reading, each), "o" if each.world == "kernel" else _marker(reading, each)
         ends = (each.saturation_low_per_s, each.saturation_high_per_s)
         _draw_interval(panel, place, each.saturation_per_s, *ends, colour, marker, filled=each.world == "offload")
     panel.set_yticks(range(len(shown)), labels)
@@ -385,6 +388,7 @@ def _to_page(figure: Any, salt: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: (?:(\d+|bold) )?([\d.]+)px [^;\"]*", lambda m: f"font-size: {m[2]}px" + (f"; font-weight: {m[1]}" if m[1] else ""), svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", svg)
     svg = _replace_head(svg, title)
     svg = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", svg)
     svg = re.sub(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10}|[CD]\d)[^"]*"', "", svg)
