@@ -14,9 +14,9 @@ One fill of an aligned line is taken to be a snapshot: its eight words are as of
 of cached memory keep this; a device that does not (PCIe lets it not) needs a copy of the mark at the end of the record.
 
 Compiled, the primitives are chosen by the numba type of the memory: for a C-contiguous int64 array it is coherent shared memory, where a load is
-an acquire load, a store a relaxed atomic one, a fence a release fence (no instruction on x86, `dmb ish` on Arm), and flush and invalidate are
-nothing. Another kind of memory is another numba type with `overload`s of these five functions. Interpreted, they are the methods of the memory: the strict
-model's (`waveos.ipu_emulator.strict`), or those of `CoherentMemory` here.
+an acquire load, a store a relaxed atomic one, a fence a release fence (no instruction on x86, `dmb ish` on Arm), and flush and
+invalidate are nothing. Another kind of memory is another numba type with `overload`s of these five functions. Interpreted, they are
+the methods of the memory: the strict model's (`waveos.ipu_emulator.strict`), or those of `CoherentMemory` here.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def invalidate(memory: Any, i: int) -> None:
 
 
 def clock_ns() -> int:
-    """CLOCK_MONOTONIC in ns: one clock for all processes of a machine. Compiled, a call of libc's clock_gettime by name, so it can be cached on disk."""
+    """CLOCK_MONOTONIC in ns: one clock for all processes of a machine. Compiled, a call of libc's clock_gettime by name: cacheable on disk."""
     return time.monotonic_ns()
 
 

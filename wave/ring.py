@@ -12,9 +12,10 @@ line 4    the consumer's: position up to which slots are free again (credits); h
 line 8..  `capacity` slots of one line each
 ========  =======================================================================================================================
 
-A record is there when the low 32 bits of its first word are the mark of this generation and lap: the consumer needs no other line to know it. The
-producer writes the other words first, then flush and fence, then the first word. Credits come back a quarter of a ring at a time,
-so the two sides share one line transfer a record and little more. A full ring is never overwritten: what does not fit is counted where the other side sees it.
+A record is there when the low 32 bits of its first word are the mark of this generation and lap: the consumer needs no other line
+to know it. The producer writes the other words first, then flush and fence, then the first word. Credits come back a quarter of a ring
+at a time (so a send may find that much less room than there is), and a record costs one line transfer and little more. A full ring is
+never overwritten: what does not fit is counted where the other side sees it.
 
 Each side keeps its own position in a small array of its own (`own`, OWN_WORDS of int64) that the other never touches.
 Any doorbell or interrupt that announces records must come after `settle`.
@@ -55,7 +56,7 @@ def words(capacity: int) -> int:
 
 @jitable
 def create(memory: Any, capacity: int, version: int, subsystem: int, generation: int) -> None:
-    """Make an empty ring in memory that may hold anything, an older ring say. `generation` (1 to MAX_GENERATION) differs from that of the ring before.
+    """Make an empty ring in memory that may hold anything, say an older ring; `generation` (1 to MAX_GENERATION) is not that ring's.
 
     A peer that is still joined to an older ring takes no record of this one (the marks differ) and sees `restarted`.
     """
@@ -105,7 +106,9 @@ def _join(memory: Any, own: Any, version: int, subsystem: int) -> int:
     own[CAPACITY] = 1 << own[SHIFT]
     own[SHARE] = max(1, own[CAPACITY] >> 2)
     own[BASE] = (found & 0xFFFF) << 16
-    invalidate(memory, CREDIT_AT)
+    # Copies from before this ring was made may show a mark of this generation that an older ring, or chance, has left there.
+    for line in range(1, HEADER_WORDS // LINE_WORDS + own[CAPACITY]):
+        invalidate(memory, line * LINE_WORDS)
     own[CREDIT] = load(memory, CREDIT_AT)
     own[NEXT] = own[CREDIT]
     return JOINED
@@ -115,7 +118,8 @@ def _join(memory: Any, own: Any, version: int, subsystem: int) -> int:
 def join_producer(memory: Any, own: Any, version: int, subsystem: int) -> int:
     """Become the producer, the first or the next after one that died at any point; JOINED, or why not.
 
-    What the one before published stays published; what it had not finished is as if never sent.
+    What the one before published stays published; what it had not finished is as if never sent. (The stores of a dead process all
+    arrive, so the records of its last batch have come up to some record, without a gap.)
     """
     answer = _join(memory, own, version, subsystem)
     if answer != JOINED:
@@ -123,12 +127,6 @@ def join_producer(memory: Any, own: Any, version: int, subsystem: int) -> int:
     end = own[CREDIT] + own[CAPACITY]
     while own[NEXT] < end and _is_there(memory, own, own[NEXT]):
         own[NEXT] += 1
-    # Marks of an unfinished batch may have arrived beyond a gap. The fence of the next send sees them gone before the gap closes.
-    for position in range(own[NEXT], end):
-        if _is_there(memory, own, position):
-            store(memory, _slot(own, position), 0)
-            flush(memory, _slot(own, position))
-    invalidate(memory, OVERFLOW_AT)
     own[LOST] = load(memory, OVERFLOW_AT)
     store(memory, PRODUCERS_AT, load(memory, PRODUCERS_AT) + 1)
     flush(memory, PRODUCERS_AT)
