@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,9 +60,9 @@ def show_number(value: Any) -> str:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         return str(value)
     number = float(value)
-    if number == int(number) and abs(number) < 1e15 if number == number and abs(number) != float("inf") else False:
-        return f"{int(number):,}"
-    return f"{number:,.0f}" if 10_000 <= abs(number) < 1e15 else f"{number:.4g}"
+    if not math.isfinite(number):
+        return str(number)
+    return f"{number:,.0f}" if number == int(number) or abs(number) >= 10_000 else f"{number:.4g}"
 
 
 def _plain(value: Any) -> Any:
@@ -71,6 +72,6 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if hasattr(value, "tolist"):  # NumPy's
         return _plain(value.tolist())
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
