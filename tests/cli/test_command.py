@@ -124,6 +124,14 @@ def test_a_reader_that_goes_away_is_not_an_error_to_talk_about():
     assert (done.returncode, done.stderr) == (PIPE_CLOSED, "")
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor", "--json"]])
+def test_a_full_disk_under_stdout_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*WAVE, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == WaveError.exit_code
+    assert done.stderr == "wave: standard output: No space left on device\n"
+
+
 def test_output_into_a_pipe_has_no_colours_and_json_is_one_document():
     plain = subprocess.run([*WAVE, "doctor"], capture_output=True, text=True, check=False)
     assert "\x1b" not in plain.stdout

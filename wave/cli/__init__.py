@@ -6,6 +6,7 @@ A command returns None, or its exit code. It raises WaveError for what the user 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -34,21 +35,32 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
+    code = _explain(arguments)
     try:
-        code = _dispatch(arguments)
         sys.stdout.flush()
-        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush at exit stays silent
+        if error.errno == errno.EPIPE:
+            return PIPE_CLOSED
+        return code or _say(f"standard output: {error.strerror}", WaveError.exit_code)
+    return code
+
+
+def _explain(arguments: Sequence[str]) -> int:
+    """Run the command; what it raises becomes one line and an exit code."""
+    try:
+        return _dispatch(arguments)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except WaveError as error:
         _debug()
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush at exit stays silent
         return PIPE_CLOSED
     except OSError as error:
         _debug()
-        return _say(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), WaveError.exit_code)
+        where = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error} (WAVE_DEBUG=1 shows where)"
+        return _say(where, WaveError.exit_code)
     except Exception as error:
         _debug()
         return _say(f"{_place(error)}; this is a bug in Wave, please report it (WAVE_DEBUG=1 shows where)", BUG)
