@@ -73,7 +73,7 @@ class ServiceTimes:
     def load(cls, path: str | os.PathLike[str]) -> ServiceTimes:
         """Read what `save` wrote. Raises ConfigError if the file is not one of those."""
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as saved:
                 return cls(saved["get"].astype(np.int64), saved["range"].astype(np.int64), json.loads(str(saved["facts"])))
         except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ConfigError(f"{os.fspath(path)} holds no service times ({error}); measure them again, or name another file") from error
@@ -83,7 +83,9 @@ class ServiceTimes:
         parts = []
         for name in ("GET", "RANGE"):
             of = self.facts["classes"][name]
-            parts.append(f"{name} mean {of['mean_ns'] / 1e3:.2f} us, p50 {of['p50_ns'] / 1e3:.2f}, p99 {of['p99_ns'] / 1e3:.2f} ({of['samples']:,} samples)")
+            parts.append(
+                f"{name} mean {of['mean_ns'] / 1e3:.2f} us, p50 {of['p50_ns'] / 1e3:.2f}, p99 {of['p99_ns'] / 1e3:.2f} ({of['samples']:,} samples)"
+            )
         return "; ".join(parts)
 
 
@@ -179,7 +181,9 @@ def _import_rocksdict() -> Any:
     try:
         import rocksdict
     except ImportError as error:
-        raise MissingError("measuring RocksDB needs the package rocksdict, which is not installed; get it with: pip install 'waveos[host]'") from error
+        raise MissingError(
+            "measuring RocksDB needs the package rocksdict, which is not installed; get it with: pip install 'waveos[host]'"
+        ) from error
     return rocksdict
 
 
@@ -241,7 +245,9 @@ def _database(rocksdict: Any, folder: Path, entries: int, seed: int, report: Pro
     except Exception as error:  # rocksdict raises plain Exception with RocksDB's status as text
         if database is not None:
             database.close()
-        raise ConfigError(f"the database cannot be built in {folder}: {error}; free some space there, or set TMPDIR to a folder on another disk") from error
+        raise ConfigError(
+            f"the database cannot be built in {folder}: {error}; free some space there, or set TMPDIR to a folder on another disk"
+        ) from error
     try:
         yield database
     finally:

@@ -51,15 +51,17 @@ def make_configuration(
     return result
 
 
-def make_results() -> dict[str, Any]:
+def make_results(*, seeds: int = 3, loads: int = 10) -> dict[str, Any]:
     """A whole comparison: three policies, kernel, on-host twice, offload; five ablation rows."""
-    configs = [make_configuration("kernel", "kernel", 700_000)]
+    size = {"seeds": seeds, "loads": loads}
+    configs = [make_configuration("kernel", "kernel", 700_000, **size)]
     for policy, capacity in (("fifo", 620_000), ("shinjuku", 800_000), ("shinjuku_mq", 850_000)):
-        configs.append(make_configuration(policy, "on-host", capacity))
+        configs.append(make_configuration(policy, "on-host", capacity, **size))
         configs.append(
-            make_configuration(policy, "on-host", capacity * 7 / 8, workers=7, column="same machine") | {"id": f"{policy}/on-host/same-machine"}
+            make_configuration(policy, "on-host", capacity * 7 / 8, workers=7, column="same machine", **size)
+            | {"id": f"{policy}/on-host/same-machine"}
         )
-        configs.append(make_configuration(policy, "offload", capacity * 0.966))
+        configs.append(make_configuration(policy, "offload", capacity * 0.966, **size))
     sets = (("none", [], 9_600, 310_000), ("+ write-back", ["wb"], 6_100, 480_000), ("+ WC/WT mappings", ["wb", "wc_wt"], 4_200, 610_000))
     sets += (("+ prestaging", ["wb", "wc_wt", "prestage"], 2_500, 700_000), ("all", ["wb", "wc_wt", "prestage", "prefetch"], 1_900, 720_000))
     return {

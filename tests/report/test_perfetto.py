@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from waveos.errors import ConfigError
 from waveos.outcome import Outcome
 from waveos.report.perfetto import AGENT, HOST, LINK, QUEUES, trace_events, write_trace
