@@ -10,7 +10,7 @@ from typing import Any
 
 from waveos.output import write_file
 from waveos.report import quantities
-from waveos.report.reading import COLUMNS, QUANTILES, WORLDS, Reading, read_results
+from waveos.report.reading import QUANTILES, WORLDS, Reading, read_results
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -45,12 +45,12 @@ def render_report(results: Mapping[str, Any]) -> str:
         reading=reading,
         raw=reading.raw,
         rows=reading.rows(),
-        columns=COLUMNS,
+        columns=reading.cost_columns,
         quantiles=QUANTILES,
         worlds=WORLDS,
         interval=quantities.show_rate_interval,
         figures={
-            "saturation": plots.draw_saturation(reading) if any(each.saturation_per_s is not None for each in reading.configurations) else "",
+            "saturation": plots.draw_saturation(reading) if reading.has_saturation else "",
             "one_load": plots.draw_one_load(reading) if drawn and not swept else "",
             "policies": plots.draw_policies(reading) if drawn and swept else "",
             "quantiles": plots.draw_quantiles(reading) if drawn and swept else "",

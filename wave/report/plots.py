@@ -31,6 +31,7 @@ _DASHES = {"kernel": (1.0, 1.4), "on-host": (5.0, 2.0), SAME_MACHINE: (5.0, 1.5,
 """Line styles in line widths, on and off; a world that is not here has a full line."""
 _STALENESS = ("stale_share", "decision_age_p99_us", "stale_age_p99_us")
 _WIDTH = 11.0
+_RIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,12 @@ def _grid(
 
     figure = Figure(figsize=(_WIDTH, height * rows + 0.1))
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if sharey else False)
-    panel_width = (_WIDTH - left - 0.1 - gap * (columns - 1)) / columns
+    panel_width = (_WIDTH - left - _RIGHT - gap * (columns - 1)) / columns
     below, between = 0.5, 0.62
     panel_height = (figure.get_figheight() - above - below - between * (rows - 1)) / rows
     figure.subplots_adjust(
         left=left / _WIDTH,
-        right=1 - 0.1 / _WIDTH,
+        right=1 - _RIGHT / _WIDTH,
         top=1 - above / figure.get_figheight(),
         bottom=below / figure.get_figheight(),
         wspace=gap / panel_width,
@@ -304,8 +305,9 @@ def _time_axis(panel: Any, axis: Any = None, *, many: bool = False) -> None:
         panel.set_yscale("log")
         panel.set_xlim(left=0)
     else:
+        low, high = panel.dataLim.intervalx
         panel.set_xscale("log")
-        panel.margins(x=0.08)
+        panel.set_xlim(low / 1.5, max(high * 1.5, low * 10))
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if many else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda us, _: show_time(us).replace(".00 ", " ").replace(".0 ", " ")))
     axis.set_minor_locator(NullLocator())

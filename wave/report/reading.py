@@ -169,6 +169,16 @@ class Reading:
         goals = ((name, QUANTILES.get(key, key.removesuffix("_us")), us) for name, of in self.objective_us.items() for key, us in of.items())
         return " and ".join(f"{name} {quantile} ≤ {show_time(us)}" for name, quantile, us in goals)
 
+    @property
+    def has_saturation(self) -> bool:
+        """Whether any configuration's saturation was searched for."""
+        return any(each.saturation_per_s is not None for each in self.configurations)
+
+    @property
+    def cost_columns(self) -> list[str]:
+        """The columns of the cost of offload that any configuration has."""
+        return [column for column in COLUMNS if any(column in each.cost_share for each in self.configurations)]
+
     def rows(self) -> list[Row]:
         """The comparison: one row a configuration, at `load_per_s`; without such a point, at the highest load that it sustains."""
         return [self._row(each) for each in self.configurations]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from waveos.report.quantities import NONE, show_count, show_rate, show_share
-from waveos.report.reading import COLUMNS, Reading, Row, read_results
+from waveos.report.reading import Reading, Row, read_results
 
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
@@ -27,15 +27,16 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     table.add_column("policy", no_wrap=True)
     table.add_column("world", no_wrap=True)
     table.add_column("wor-\nkers", justify="right", no_wrap=True)
-    table.add_column("saturation\n1000/s", justify="right", no_wrap=True)
+    if reading.has_saturation:
+        table.add_column("saturation\n1000/s", justify="right", no_wrap=True)
     scales = {name: _scale(rows, name) for name in reading.classes}
     for name, (unit, _) in scales.items():
         table.add_column(f"{escape(name)}, {unit}\np50/p99/p99.9", justify="right", no_wrap=True)
     table.add_column("host\ncores", justify="right", no_wrap=True)
     table.add_column("\nstale", justify="right", no_wrap=True)
     table.add_column("age, µs\np50/p99", justify="right", no_wrap=True)
-    table.add_column("cost, same\nworkers", justify="right", no_wrap=True)
-    table.add_column("cost, same\nmachine", justify="right", no_wrap=True)
+    for column in reading.cost_columns:
+        table.add_column("cost, same\n" + column.removeprefix("same "), justify="right", no_wrap=True)
     previous = None
     for row in rows:
         each = row.configuration
@@ -46,12 +47,12 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             escape(each.policy),
             each.world,
             NONE if each.workers is None else str(each.workers),
-            _saturation(row),
+            *([_saturation(row)] if reading.has_saturation else []),
             *(_latencies(row, name, scale, reading.load_per_s) for name, (_, scale) in scales.items()),
             show_count(row.host_cores),
             show_share(row.stale_share),
             _ages(row),
-            *(show_share(each.cost_share.get(column), sign=True) for column in COLUMNS),
+            *(show_share(each.cost_share.get(column), sign=True) for column in reading.cost_columns),
         )
     return table
 
@@ -61,7 +62,8 @@ def _caption(reading: Reading, rows: Sequence[Row]) -> str:
     if reading.objective_text:
         facts.append(f"saturation: the highest load with {reading.objective_text}")
     facts.append("stale: decisions refused because the state had moved on; age: of the state behind a decision when the host acted on it")
-    facts.append("cost: throughput lost (+) or gained (−) by moving the agent from a host core to the IPU")
+    if reading.cost_columns:
+        facts.append("cost: throughput lost (+) or gained (−) by moving the agent from a host core to the IPU")
     if any(row.saturated for row in rows):
         facts.append("*: this load is beyond its saturation")
     return "\n".join(facts)
