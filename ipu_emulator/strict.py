@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TypeVar
 
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]
 
 LINE_WORDS = 8
 T = TypeVar("T")
@@ -33,6 +33,7 @@ class Stuck(Exception):
 class Mapping(Enum):
     """How a side maps the memory: how it stores and how it loads."""
 
+    _value_: tuple[str, str]
     AGENT = ("WB", "WB")  # the IPU, on its own memory
     HOST = ("WC", "WT")  # the host, through the link
 

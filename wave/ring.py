@@ -89,7 +89,7 @@ def identity(memory: Any) -> int:
 @jitable
 def restarted(memory: Any, own: Any) -> bool:
     """True once the ring is retired or has been made anew since this side joined it."""
-    return identity(memory) != own[IDENTITY]
+    return identity(memory) != own[IDENTITY]  # type: ignore[no-any-return]
 
 
 @jitable
@@ -169,7 +169,7 @@ def settle(memory: Any) -> None:
 @jitable
 def send(memory: Any, own: Any, records: Any, n: int) -> int:
     """Send the first n records (8 words each) in order; how many fitted. The rest is counted as overflow, not sent."""
-    fit = min(n, _room(memory, own, n))
+    fit = min(n, room(memory, own, n))
     if fit < n:
         _count_overflow(memory, own, n - fit)
     for k in range(fit):
@@ -184,7 +184,7 @@ def send(memory: Any, own: Any, records: Any, n: int) -> int:
 @jitable
 def send_one(memory: Any, own: Any, records: Any, at: int) -> int:
     """Send the one record that starts at word `at` of `records`; 1, or 0 and counted as overflow."""
-    if own[NEXT] - own[CREDIT] >= own[CAPACITY] and _room(memory, own, 1) < 1:
+    if own[NEXT] - own[CREDIT] >= own[CAPACITY] and room(memory, own, 1) < 1:
         _count_overflow(memory, own, 1)
         return 0
     _place(memory, own, own[NEXT], records, at)
@@ -265,7 +265,8 @@ def _is_there(memory: Any, own: Any, position: int) -> bool:
 
 
 @jitable
-def _room(memory: Any, own: Any, n: int) -> int:
+def room(memory: Any, own: Any, n: int) -> int:
+    """How many records fit now: exactly, if fewer than n; else at least n."""
     if own[CAPACITY] - (own[NEXT] - own[CREDIT]) < n:
         invalidate(memory, CREDIT_AT)
         own[CREDIT] = load(memory, CREDIT_AT)

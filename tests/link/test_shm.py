@@ -23,7 +23,7 @@ from waveos.sched.records import SUBSYSTEM
 DEADLINE_S = 60.0
 
 
-@pytest.fixture()
+@pytest.fixture
 def url() -> Iterator[str]:
     name = f"test-{os.getpid()}-{secrets.token_hex(4)}"
     yield f"shm://{name}"
@@ -43,7 +43,9 @@ def messages(numbers: range) -> np.ndarray:
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Another process that runs this code after opening `link` on argv[1], side argv[2]; it says "ready" once that is done."""
     start = "import sys, os, time, signal\nimport numpy as np\nfrom waveos.link import open_link\nfrom waveos import sched\n"
-    return subprocess.Popen([sys.executable, "-P", "-c", start + code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", start + code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 OPEN = "link = open_link(sys.argv[1], side=sys.argv[2])\nprint('ready', flush=True)\n"
@@ -244,7 +246,12 @@ def test_a_second_agent_is_refused_while_the_first_lives_and_counted_after(url):
 
 def test_a_new_agent_goes_on_where_the_dead_ones_transactions_end(url):
     with open_link(url, side="host") as host:
-        dying = ready(python("link = open_link(sys.argv[1], side='agent')\nlink.txn_create(3)['cpu'] = 1\nlink.txns_commit()\nprint('ready', flush=True)\nsys.stdin.read()", url))
+        dying = ready(
+            python(
+                "link = open_link(sys.argv[1], side='agent')\nlink.txn_create(3)['cpu'] = 1\nlink.txns_commit()\nprint('ready', flush=True)\nsys.stdin.read()",
+                url,
+            )
+        )
         end(dying)
         with open_link(url, side="agent") as agent:
             agent.txn_create(2)["cpu"] = 2
@@ -279,7 +286,7 @@ def test_a_queue_of_another_version_is_refused(url):
 def test_a_truncated_segment_is_refused_by_the_agent_and_replaced_by_the_next_host(url, size):
     end(ready(python(IDLE, url, "host")))
     os.truncate(path_of(url), size)
-    with pytest.raises(LinkError, match="is cut off|is dead"):
+    with pytest.raises(LinkError, match=r"is cut off|is dead"):
         open_link(url, side="agent")
     open_link(url, side="host").close()
 
@@ -329,7 +336,16 @@ def test_more_queues_can_be_made_associated_and_destroyed(url):
 
 
 def test_an_agent_is_started_found_and_killed(url, monkeypatch):
-    monkeypatch.setattr(shm, "AGENT", (sys.executable, "-P", "-c", "import sys\nfrom waveos.link import open_link\nl = open_link(sys.argv[1], side='agent')\nsys.stdin.read()\nwhile 1: l.poll_messages(wait_ns=10**9)"))
+    monkeypatch.setattr(
+        shm,
+        "AGENT",
+        (
+            sys.executable,
+            "-P",
+            "-c",
+            "import sys\nfrom waveos.link import open_link\nlink = open_link(sys.argv[1], side='agent')\nlink.poll_messages(wait_ns=10**12)",
+        ),
+    )
     with open_link(url, side="host") as host:
         pid = host.start_wave_agent("fifo")
         assert host.await_agent(DEADLINE_S) == pid
@@ -388,7 +404,7 @@ def test_each_verb_belongs_to_one_side(url):
 
 def test_arrays_of_another_dtype_and_queues_of_odd_sizes_are_refused(url):
     with open_link(url, side="host") as host:
-        with pytest.raises(LinkError, match="messages are arrays of waveos.sched.MESSAGE"):
+        with pytest.raises(LinkError, match=r"messages are arrays of waveos\.sched\.MESSAGE"):
             host.send_messages(np.zeros(1, DECISION))
         with pytest.raises(LinkError, match="power of two of slots"):
             host.create_queue("messages", 100)

@@ -56,7 +56,15 @@ def test_compiled_and_interpreted_leave_the_same_words(capacity, steps):
                 answer = functions.prefetch(memory, consumer)
             else:
                 answer = functions.join_producer(memory, producer, 1, 1)
-            answers.append((answer, out.tolist(), producer.tolist(), consumer.tolist(), functions.overflowed(memory) if functions is RUN else ring.overflowed(memory)))
+            answers.append(
+                (
+                    answer,
+                    out.tolist(),
+                    producer.tolist(),
+                    consumer.tolist(),
+                    functions.overflowed(memory) if functions is RUN else ring.overflowed(memory),
+                )
+            )
         assert answers[0] == answers[1]
         assert words[0].tolist() == words[1].tolist()
 

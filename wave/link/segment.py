@@ -53,7 +53,9 @@ def start_time(pid: int) -> int | None:
 def path_of(name: str) -> Path:
     """The file of the segment called `name`. Raises LinkError for a name that cannot be one."""
     if not NAME.fullmatch(name):
-        raise LinkError(f"{name!r} is no ring name: letters, digits, '.', '_' and '-', at most 64, the first a letter or digit; for example shm://demo")
+        raise LinkError(
+            f"{name!r} is no ring name: letters, digits, '.', '_' and '-', at most 64, the first a letter or digit; for example shm://demo"
+        )
     return FOLDER / (PREFIX + name)
 
 
@@ -72,7 +74,7 @@ class Segment:
     def create(cls, name: str, subsystem: int) -> Segment:
         """A new segment of that name, owned by this process, in place of a stale one. Raises LinkError if a live process owns it."""
         path = path_of(name)
-        start = start_time(os.getpid())
+        start = start_time(os.getpid()) or 0
         while True:
             generation = _replace_stale(name, path)
             fd = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -114,7 +116,7 @@ class Segment:
                 agent = int(segment.header[AGENT_AT])
                 if agent and start_time(agent) == int(segment.header[AGENT_AT + 1]):
                     raise LinkError(f"the ring {name!r} already has an agent (pid {agent}): stop that one first, or use another ring name")
-                segment.header[AGENT_AT + 1] = start_time(os.getpid())
+                segment.header[AGENT_AT + 1] = start_time(os.getpid()) or 0
                 segment.header[AGENT_AT] = os.getpid()
         except BaseException:
             os.close(fd)
@@ -135,7 +137,9 @@ class Segment:
                 f"the host of {name!r} speaks version {header[VERSION_AT]} of the contract, this agent version {VERSION}: install the same waveos on both"
             )
         if header[SUBSYSTEM_AT] != subsystem:
-            raise LinkError(f"the ring {name!r} carries subsystem {header[SUBSYSTEM_AT]}, this agent is for {subsystem}: check the ring name and the policy")
+            raise LinkError(
+                f"the ring {name!r} carries subsystem {header[SUBSYSTEM_AT]}, this agent is for {subsystem}: check the ring name and the policy"
+            )
         if not segment.owner_alive():
             raise LinkError(f"the host of {name!r} (pid {header[OWNER_AT]}) is dead: restart it; that replaces the ring")
         for number in segment.queues():
@@ -265,7 +269,9 @@ def _allocate(fd: int, offset: int, size: int, name: str) -> None:
     try:
         os.posix_fallocate(fd, offset, size)  # now, for a store into a page that cannot be had would be fatal
     except OSError as error:
-        raise LinkError(f"no room for the ring {name!r} in {FOLDER} ({size} bytes): {error.strerror}; free some, or ask for smaller queues") from error
+        raise LinkError(
+            f"no room for the ring {name!r} in {FOLDER} ({size} bytes): {error.strerror}; free some, or ask for smaller queues"
+        ) from error
 
 
 class _Plain:

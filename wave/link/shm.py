@@ -14,15 +14,16 @@ import time
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from numba import carray, njit
 
 from waveos import ring
 from waveos.errors import LinkError
-from waveos.jit import jit
+from waveos.jit import as_pointer, jit
 from waveos.link import MESSAGES, TXNS
 from waveos.link.segment import KINDS, Segment, start_time
 from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
 from waveos.memory import CoherentMemory
-from waveos.record import VERSION
+from waveos.record import RECORD_WORDS, VERSION
 
 POLL_SLICE_NS = 20_000_000
 """Longest stay in compiled code, so that signals reach Python."""
@@ -38,29 +39,47 @@ class Queue(NamedTuple):
     memory: Words  # the ring's, shared
     own: Words  # this side's positions
     batch: Records  # what a poll returns
-    words: Words  # the same, as the ring writes it
+    addresses: Words  # of memory, own and batch, with their lengths in words
+    at: int  # the address of `addresses`: an integer is the cheapest thing to hand to compiled code
 
 
-@jit
-def _send(memory: Words, own: Words, records: Words, n: int) -> int:
+@njit(cache=True)
+def _send(at: int, records: Records) -> int:
+    addresses = carray(as_pointer(at), 6, np.int64)
+    memory = carray(as_pointer(addresses[0]), addresses[1], np.int64)
+    own = carray(as_pointer(addresses[2]), addresses[3], np.int64)
+    n = len(records)
+    words = carray(as_pointer(records.ctypes.data), n * RECORD_WORDS, np.int64)
     if ring.restarted(memory, own):
         return -1
-    return ring.send_one(memory, own, records, 0) if n == 1 else ring.send(memory, own, records, n)
+    return ring.send_one(memory, own, words, 0) if n == 1 else ring.send(memory, own, words, n)
+
+
+@njit(cache=True)  # quick, so it keeps the GIL: giving it up and taking it again would cost more
+def _poll(at: int, limit: int) -> int:
+    addresses = carray(as_pointer(at), 6, np.int64)
+    memory = carray(as_pointer(addresses[0]), addresses[1], np.int64)
+    own = carray(as_pointer(addresses[2]), addresses[3], np.int64)
+    out = carray(as_pointer(addresses[4]), addresses[5], np.int64)
+    got = ring.poll(memory, own, out, min(limit, BATCH))
+    return -1 if got == 0 and ring.restarted(memory, own) else got
 
 
 @jit
-def _poll(memory: Words, own: Words, out: Words, limit: int, wait_ns: int) -> int:
-    got = ring.poll(memory, own, out, min(limit, BATCH))
-    if got == 0 and wait_ns > 0 and ring.wait(memory, own, wait_ns):
-        got = ring.poll(memory, own, out, min(limit, BATCH))
-    return -1 if got == 0 and ring.restarted(memory, own) else got
+def _wait(at: int, wait_ns: int) -> bool:
+    addresses = carray(as_pointer(at), 6, np.int64)
+    memory = carray(as_pointer(addresses[0]), addresses[1], np.int64)
+    own = carray(as_pointer(addresses[2]), addresses[3], np.int64)
+    return ring.wait(memory, own, wait_ns)
 
 
 class ShmLink(QueueVerbs):
     """One side of a shared-memory link; a context manager. Options: `messages` and `txns`, the capacities (powers of two), and
     `patience_s`, how long an agent waits for its host to appear."""
 
-    def __init__(self, url: str, side: str = "host", subsystem: Any = None, messages: int = 4_096, txns: int = 1_024, patience_s: float = 0.0) -> None:
+    def __init__(
+        self, url: str, side: str = "host", subsystem: Any = None, messages: int = 4_096, txns: int = 1_024, patience_s: float = 0.0
+    ) -> None:
         if subsystem is None:
             from waveos import sched as subsystem
         super().__init__(url, side, subsystem)
@@ -188,19 +207,23 @@ class ShmLink(QueueVerbs):
         answer = join(memory, own, VERSION, self.subsystem.SUBSYSTEM)
         if answer == ring.OTHER_VERSION:
             spoken = ring.compiled().identity(memory) >> 40 & 0xFF
-            raise LinkError(f"a queue of {self.url} is of version {spoken} of the contract, this side of version {VERSION}: install the same waveos on both")
+            raise LinkError(
+                f"a queue of {self.url} is of version {spoken} of the contract, this side of version {VERSION}: install the same waveos on both"
+            )
         if answer == ring.OTHER_SUBSYSTEM:
             raise LinkError(f"a queue of {self.url} is another subsystem's: check the ring name and the policy")
         if answer != ring.JOINED:
             raise LinkError(f"a queue of {self.url} is out of service: its host has closed or restarted; reattach")
         batch = np.zeros(0 if sends else BATCH, self._message if kind == "messages" else self._decision)
-        return Queue(kind, sends, memory, own, batch, batch.view(np.int64))
+        words = batch.view(np.int64)
+        addresses = np.array([number for array in (memory, own, words) for number in (array.ctypes.data, array.size)])
+        return Queue(kind, sends, memory, own, batch, addresses, addresses.ctypes.data)
 
-    def _send(self, queue: int, words: Words, n: int) -> int:
+    def _send(self, queue: int, records: Records) -> int:
         q = self._queues.get(queue) or self.queue(queue)
         if not q.sends:
             raise LinkError(f"queue {queue} of {self.url} carries {q.kind}; the {self.side} only takes from it")
-        sent = _send(q.memory, q.own, words, n) if n else 0
+        sent: int = _send(q.at, records if records.flags.c_contiguous else np.ascontiguousarray(records))
         if sent < 0:
             self._lost()
         return sent
@@ -210,12 +233,12 @@ class ShmLink(QueueVerbs):
         if q.sends:
             raise LinkError(f"queue {queue} of {self.url} carries {q.kind}; the {self.side} only sends to it")
         while True:
-            got = _poll(q.memory, q.own, q.words, limit, min(wait_ns, POLL_SLICE_NS))
-            wait_ns -= POLL_SLICE_NS
+            got = _poll(q.at, limit)
             if got > 0 or (got == 0 and wait_ns <= 0):
                 return q.batch[:got]
-            if got < 0 or not (self._segment.owned or self._segment.owner_alive()):
+            if got < 0 or not (_wait(q.at, min(wait_ns, POLL_SLICE_NS)) or self._segment.owned or self._segment.owner_alive()):
                 self._lost()
+            wait_ns -= POLL_SLICE_NS
 
     def _lost(self) -> NoReturn:
         if self._segment.owned:

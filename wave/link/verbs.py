@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waveos.errors import LinkError
+from waveos.jit import jit
 from waveos.link import MESSAGES, TXNS
 from waveos.record import RECORD_WORDS, VERSION
 
@@ -18,7 +19,7 @@ BATCH = 1_024
 
 
 class QueueVerbs:
-    """A `Link` without its transport, which gives `_send(queue, words, n) -> fitted` and `_poll(queue, limit, wait_ns) -> records`."""
+    """A `Link` without its transport, which gives `_send(queue, records) -> fitted` and `_poll(queue, limit, wait_ns) -> records`."""
 
     def __init__(self, url: str, side: str, subsystem: Any) -> None:
         self.url, self.side, self.subsystem = url, side, subsystem
@@ -28,14 +29,12 @@ class QueueVerbs:
         self._last: dict[int, Records] = {}
         self._staged: Records = np.zeros(BATCH, self._decision)
         self._staged_words: Words = self._staged.view(np.int64)
-        blank = np.zeros(1, self._decision)
-        blank["version"], blank["subsystem"] = VERSION, subsystem.SUBSYSTEM
-        self._blank_words = blank.view(np.int64)
+        self._first_word = VERSION << 32 | subsystem.SUBSYSTEM << 40
         self._txn_word = self._decision.fields["txn"][1] // 8
         self._created = 0
         self._next_txn = 1
 
-    def _send(self, queue: int, words: Words, n: int) -> int:
+    def _send(self, queue: int, records: Records) -> int:
         raise NotImplementedError
 
     def _poll(self, queue: int, limit: int, wait_ns: int) -> Records:
@@ -47,7 +46,7 @@ class QueueVerbs:
             self._refuse("send_messages", "host")
         if records.dtype is not self._message and records.dtype != self._message:
             raise LinkError(f"messages are arrays of {self.subsystem.__name__}.MESSAGE, not of {records.dtype}")
-        return self._route_records(records) if self._route else self._send(MESSAGES, _words(records), len(records))
+        return self._route_records(records) if self._route else self._send(MESSAGES, records)
 
     def set_txns_outcomes(self, outcomes: Records) -> int:
         """Answer transactions, in one order with the messages; how many answers fitted."""
@@ -55,7 +54,7 @@ class QueueVerbs:
             self._refuse("set_txns_outcomes", "host")
         if outcomes.dtype is not self._outcome and outcomes.dtype != self._outcome:
             raise LinkError(f"outcomes are arrays of {self.subsystem.__name__}.OUTCOME, not of {outcomes.dtype}")
-        return self._route_records(outcomes) if self._route else self._send(MESSAGES, _words(outcomes), len(outcomes))
+        return self._route_records(outcomes) if self._route else self._send(MESSAGES, outcomes)
 
     def poll_txns(self, limit: int = BATCH, wait_ns: int = 0, queue: int = TXNS) -> Records:
         """Take up to `limit` transactions, polling up to `wait_ns` for the first. The array holds until the next poll."""
@@ -84,12 +83,8 @@ class QueueVerbs:
         first, end = self._created, self._created + n
         if end > BATCH:
             raise LinkError(f"{end} transactions since the last commit; at most {BATCH} fit: call txns_commit")
-        for k in range(first, end):
-            at = k * RECORD_WORDS
-            self._staged_words[at : at + RECORD_WORDS] = self._blank_words
-            self._staged_words[at + self._txn_word] = self._next_txn
-            self._next_txn += 1
-        self._created = end
+        _stamp(self._staged_words, first, end, self._first_word, self._txn_word, self._next_txn)
+        self._created, self._next_txn = end, self._next_txn + n
         return self._staged[first:end]
 
     def txns_commit(self, queue: int = TXNS) -> int:
@@ -97,7 +92,7 @@ class QueueVerbs:
         if self.side != "agent":
             self._refuse("txns_commit", "agent")
         n, self._created = self._created, 0
-        return self._send(queue, self._staged_words, n)
+        return self._send(queue, self._staged[:n]) if n else 0
 
     def assoc_queue_with(self, queue: int, cpu: int) -> None:
         """Send messages about that CPU to that queue from now on; the order across queues is open."""
@@ -107,13 +102,15 @@ class QueueVerbs:
 
     def _route_records(self, records: Records) -> int:
         queues = np.array([self._route.get(int(cpu), MESSAGES) for cpu in records["cpu"]])
-        return sum(self._send(int(queue), _words(records[queues == queue]), int((queues == queue).sum())) for queue in np.unique(queues))
+        return sum(self._send(int(queue), records[queues == queue]) for queue in np.unique(queues))
 
     def _refuse(self, verb: str, side: str) -> NoReturn:
         raise LinkError(f"{verb} is the {side}'s; this is the {self.side}'s side of {self.url}")
 
 
-def _words(records: Records) -> Words:
-    if not records.flags.c_contiguous:
-        records = np.ascontiguousarray(records)
-    return records.view(np.int64)
+@jit
+def _stamp(words: Words, first: int, end: int, first_word: int, txn_word: int, txn: int) -> None:
+    for k in range(first, end):
+        words[k * RECORD_WORDS : (k + 1) * RECORD_WORDS] = 0
+        words[k * RECORD_WORDS] = first_word
+        words[k * RECORD_WORDS + txn_word] = txn + k - first
