@@ -1,4 +1,7 @@
-"""`wave calibrate`: measure this machine into the link and host profiles called `this-machine`."""
+"""`wave calibrate`: measure this machine into the link and host profiles called `this-machine`.
+
+The measuring is `waveos.bench.calibrate`: `run(out=None) -> dict` with the keys of a benchmark's result and `path`, the profile it wrote.
+"""
 
 from __future__ import annotations
 
