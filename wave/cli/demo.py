@@ -1,4 +1,4 @@
-"""`wave demo`: the whole way from a real RocksDB to the table, the report and the trace. 
+"""`wave demo`: the whole way from a real RocksDB to the table, the report and the trace.
 
 It is `waveos.bench.demo`: `main(arguments: list[str]) -> int | None`, which parses its own flags; what it returns is the exit code.
 """
