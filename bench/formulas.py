@@ -148,7 +148,7 @@ class Lognormal(Service):
         return math.sqrt(math.log1p(self.spread))
 
     def moment(self, k: int) -> float:
-        return self.mean**k * (1 + self.spread) ** (k * (k - 1) / 2)
+        return float(self.mean**k * (1 + self.spread) ** (k * (k - 1) / 2))
 
     def survival(self, x: float) -> float:
         return 1.0 if x <= 0 else float(ndtr(-self._standardise(x)))

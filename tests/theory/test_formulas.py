@@ -1,5 +1,6 @@
 """The formulas agree with each other where they meet, with known values, and with brute force that shares no code with the engine."""
 
+import collections
 import heapq
 import itertools
 import math
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
+from waveos.bench import theory
 from waveos.bench.formulas import (
     Erlang,
     Exponential,
@@ -100,6 +102,37 @@ def serve_shared(arrivals, service):
                 attained += (arrival - now) / len(present)
             now = arrival
             heapq.heappush(present, (attained + float(service[i]), i))
+    return sojourns
+
+
+def serve_in_turns(arrivals, service, quantum):
+    """Sojourns of one server that works in turns of `quantum`; what runs goes on alone until somebody else waits."""
+    waiting, left, sojourns = collections.deque(), service.tolist(), np.empty(len(arrivals))
+    times = [*arrivals.tolist(), math.inf]
+    now, i, turns_end = 0.0, 0, 0.0
+    while i < len(arrivals) or waiting:
+        if not waiting:
+            now = max(now, times[i])
+            waiting.append(i)
+            i += 1
+        which = waiting.popleft()
+        turns_end = now + quantum
+        while True:
+            done = now + left[which]
+            stop = min(done, max(now, turns_end)) if waiting else done
+            if times[i] < stop:
+                left[which] -= times[i] - now
+                now = times[i]
+                waiting.append(i)
+                i += 1
+                continue
+            left[which] -= stop - now
+            now = stop
+            if stop == done:
+                sojourns[which] = now - arrivals[which]
+            else:
+                waiting.append(which)
+            break
     return sojourns
 
 
@@ -276,7 +309,7 @@ def lindley(service, load, n, seed):
 @EVERY
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_brute_force_first_come_first_served_finds_the_means_and_tails(service, load):
-    run = lindley(service, load, 2_000_000, seed=11)
+    run = lindley(service, load, 1_000_000, seed=12)
     mean = mean_interval(run, batches=64, confidence=0.999)
     assert mean.holds(fcfs_mean(service, load))
     assert mean.half_width < 0.08 * mean.value
@@ -288,7 +321,7 @@ def test_brute_force_first_come_first_served_finds_the_means_and_tails(service, 
 
 @EVERY
 def test_brute_force_finds_the_variance_that_plans_run_lengths(service):
-    runs = [lindley(service, 0.5, 200_000, seed) for seed in range(60)]
+    runs = [lindley(service, 0.5, 100_000, seed) for seed in range(60)]
     means = np.array([run.mean() for run in runs])
     seen = means.var(ddof=1) * len(runs[0]) / fcfs_mean(service, 0.5) ** 2
     assert seen == pytest.approx(fcfs_variance(service, 0.5), rel=0.5)  # 60 runs know a variance to some 18 %
@@ -296,10 +329,10 @@ def test_brute_force_finds_the_variance_that_plans_run_lengths(service):
 
 @pytest.mark.parametrize("service", [s for s in SERVICES if not isinstance(s, Lognormal)], ids=lambda service: type(service).__name__)
 def test_the_planned_variance_of_a_p99_is_about_that_of_brute_force(service):
-    run = lindley(service, 0.5, 2_000_000, seed=5)
+    run = lindley(service, 0.5, 1_000_000, seed=5)
     exact = fcfs_quantile(service, 0.5, 0.99)
-    half_width = quantile_interval(run, 0.99, batches=256).half_width
-    seen = (half_width / 1.97 / exact) ** 2 * len(run)
+    half_width = quantile_interval(run, 0.99, batches=128).half_width
+    seen = (half_width / 1.98 / exact) ** 2 * len(run)
     assert (
         0.6 * seen
         < tail_variance(lambda t: fcfs_survival(service, 0.5, t), exact, 0.99, fcfs_variance(service, 0.5), fcfs_mean(service, 0.5))
@@ -310,7 +343,7 @@ def test_the_planned_variance_of_a_p99_is_about_that_of_brute_force(service):
 @pytest.mark.parametrize(("servers", "load"), [(2, 0.7), (8, 0.8)])
 def test_brute_force_with_many_servers_finds_mmc(servers, load):
     rng = np.random.default_rng(3)
-    n = 300_000
+    n = 200_000
     run = serve_in_order(np.cumsum(rng.exponential(1 / (load * servers), n)), rng.exponential(1.0, n), servers)[n // 10 :]
     assert mean_interval(run, confidence=0.999).holds(mmc_mean(Exponential(1.0), load * servers, servers))
     assert quantile_interval(run, 0.99, confidence=0.999).holds(mmc_quantile(Exponential(1.0), load * servers, servers, 0.99))
@@ -320,8 +353,38 @@ def test_brute_force_with_many_servers_finds_mmc(servers, load):
 @pytest.mark.parametrize(("serve", "formula"), [(serve_shared, ps_mean), (serve_shortest_first, srpt_mean)])
 def test_brute_force_sharing_and_shortest_first_find_their_means(service, serve, formula):
     rng = np.random.default_rng(4)
-    n = 150_000
+    n = 100_000
     run = serve(np.cumsum(rng.exponential(1 / 0.6, n)), draw(service, n, rng))[n // 10 :]
     interval = mean_interval(run, confidence=0.999)
     assert interval.holds(formula(service, 0.6))
     assert interval.half_width < 0.1 * interval.value
+
+
+SHARED = [system for system in theory.systems() if system.policy == "round_robin" and system.workers == 1]
+UNPLANNED = [system for system in theory.systems() if system.policy in ("round_robin", "srpt") and system.workers == 1]
+
+
+def requests_of(system, n, seed):
+    """Arrivals and service times, in mean service times."""
+    rng = np.random.default_rng(seed)
+    return np.cumsum(rng.exponential(1 / system.load, n)), draw(system.service, n, rng) / system.service.mean
+
+
+@pytest.mark.parametrize("system", SHARED, ids=lambda system: system.name)
+def test_the_quanta_of_the_theory_bench_are_small_enough_to_be_processor_sharing(system):
+    arrivals, work = requests_of(system, 60_000, seed=6)
+    exact = serve_shared(arrivals, work)
+    turns = serve_in_turns(arrivals, work, system.params["quantum_us"] * 1000 / system.service.mean)
+    bias = mean_interval(turns - exact, confidence=0.999)
+    assert abs(bias.value) < 0.001 * exact.mean() + bias.half_width
+    assert bias.half_width < 0.001 * exact.mean()
+
+
+@pytest.mark.parametrize("system", UNPLANNED, ids=lambda system: f"{system.name} {system.load}")
+def test_the_variances_in_the_theory_bench_are_those_of_brute_force(system):
+    serve = serve_shared if system.policy == "round_robin" else serve_shortest_first
+    seen = []
+    for seed in range(3):
+        run = serve(*requests_of(system, 50_000, seed))[2_000:]
+        seen.append((mean_interval(run, batches=64).half_width / 1.998) ** 2 * len(run) / (system.mean_ns / system.service.mean) ** 2)
+    assert system.mean_variance == pytest.approx(np.mean(seen), rel=0.5)
