@@ -10,7 +10,7 @@ class Outcome(IntEnum):
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> Outcome:
+    def __new__(cls, value: int, meaning: str = "") -> Outcome:
         member = int.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning

@@ -6,6 +6,8 @@ The first eight bytes are one word: a ring publishes a record by storing that wo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 VERSION = 1
@@ -29,15 +31,16 @@ def record(payload: list[tuple[str, str]]) -> np.dtype[np.void]:
 
     Raises ValueError if the payload does not fit or would need padding.
     """
-    dtype = np.dtype([*HEADER, *payload], align=True)
+    fields: Any = np.dtype([*HEADER, *payload], align=True).fields
     packed = sum(np.dtype(form).itemsize for _, form in [*HEADER, *payload])
-    if dtype.itemsize > RECORD_BYTES or max(dtype.fields[name][1] for name in dtype.names) > packed:  # type: ignore[index,union-attr]
-        raise ValueError(f"a record's payload takes at most {RECORD_BYTES - HEADER_BYTES} bytes without gaps; this one makes {dtype.itemsize}")
-    return np.dtype(
-        {
-            "names": dtype.names,
-            "formats": [dtype.fields[name][0] for name in dtype.names],  # type: ignore[index,union-attr]
-            "offsets": [dtype.fields[name][1] for name in dtype.names],  # type: ignore[index,union-attr]
-            "itemsize": RECORD_BYTES,
-        }
-    )
+    end = max(offset + form.itemsize for form, offset in fields.values())
+    if end > RECORD_BYTES or end > packed:
+        raise ValueError(f"a record's payload takes at most {RECORD_BYTES - HEADER_BYTES} bytes without gaps; this one makes {end - HEADER_BYTES}")
+    layout: Any = {
+        "names": list(fields),
+        "formats": [form for form, _ in fields.values()],
+        "offsets": [offset for _, offset in fields.values()],
+        "itemsize": RECORD_BYTES,
+    }
+    made: np.dtype[np.void] = np.dtype(layout)
+    return made

@@ -162,4 +162,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _first_line(module: Any) -> str:
-    return (module.__doc__ or module.__name__).strip().split("\n")[0].rstrip(".")
+    return str(module.__doc__ or module.__name__).strip().split("\n")[0].rstrip(".")

@@ -19,7 +19,7 @@ class Message(IntEnum):
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> Message:
+    def __new__(cls, value: int, meaning: str = "") -> Message:
         member = int.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning
