@@ -48,6 +48,7 @@ def make_configuration(
     result |= {"saturation_per_s": 0.9 * capacity, "saturation_low_per_s": 0.885 * capacity, "saturation_high_per_s": 0.912 * capacity}
     if world == "offload":
         result["cost_share"] = {"same workers": 0.034, "same machine": -0.092}
+        result["cost_interval"] = {"same workers": [0.011, 0.058], "same machine": [-0.12, -0.07]}
     return result
 
 

@@ -134,6 +134,7 @@ def test_the_table_on_the_page_and_the_one_on_the_terminal_say_the_same_configur
     assert text.count("offload ") == 3
     for number in ("630.0", "558.0", "695.5", "739.0"):
         assert number in page and number in text
+    assert "+1.1 to +5.8" in page and "−12.0 to −7.0" in page
     assert "+3.4 %" in page and "+3.4 %" in text and "−9.2 %" in page and "−9.2 %" in text
 
 

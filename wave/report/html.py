@@ -33,6 +33,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         time=quantities.show_time,
         rate=quantities.show_rate,
         share=quantities.show_share,
+        shares=quantities.show_share_interval,
         count=quantities.show_count,
         facts=_as_facts,
         pretty=_as_toml,

@@ -69,7 +69,7 @@ class _Names:
 
     def __init__(self, meta: Mapping[str, Any]) -> None:
         self.classes = _by_number(meta.get("classes"))
-        self.queues = _by_number(meta.get("queues"))
+        self.queues = {0: "messages to the agent"} | _by_number(meta.get("queues"))
         self.messages = _by_number(meta.get("messages")) or _lower(_sched("Message"))
         self.decisions = _by_number(meta.get("decisions")) or _lower(_sched("Decision"))
 
@@ -108,9 +108,9 @@ class _Drawing:
         self._running: dict[int, _Open] = {}
         self._idle: dict[int, int] = {}
         self._batches: dict[int, _Open] = {}
-        self._messages: dict[int, tuple[_Open, int]] = {}
+        self._messages: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         self._decisions: dict[int, tuple[_Open, int]] = {}
-        self._kicks: dict[int, int] = {}
+        self._kicks: dict[int, list[int]] = {}
         self._arrows: dict[int, int] = {}
         self._seen_cpus: set[int] = set()
         self._lanes: dict[int, list[int]] = {_UP: [], _DOWN: [], _DOORBELL: []}
@@ -128,7 +128,7 @@ class _Drawing:
             self._seen_cpus.add(cpu)
             self._idle[cpu] = time_ns
         elif kind == TraceKind.MESSAGE_SENT:
-            self._messages[extra] = (_Open(time_ns, tid, value, extra), cpu)
+            self._messages.setdefault((extra, tid, value), []).append((time_ns, cpu))
         elif kind == TraceKind.MESSAGE_SEEN:
             self._arrive_message(time_ns, cpu, tid, value, extra)
         elif kind == TraceKind.DECISION_MADE:
@@ -143,12 +143,11 @@ class _Drawing:
             self._arrive_decision(time_ns, cpu, tid, extra, reason)
             self._instant(HOST, self._cpu(cpu), time_ns, f"refused: {reason}", {"tid": tid, "txn": extra, "outcome": reason})
         elif kind == TraceKind.KICK_SENT:
-            self._kicks[extra] = time_ns
+            self._kicks.setdefault(cpu, []).append(time_ns)
             self._instant(AGENT, self._agent(), time_ns, f"kick CPU {cpu}", {"txn": extra})
         elif kind == TraceKind.KICK_SEEN:
-            sent = self._kicks.pop(extra, None)
-            if sent is not None:
-                self._travel(_DOORBELL, "doorbells", sent, time_ns, f"kick CPU {cpu}", {"txn": extra})
+            if self._kicks.get(cpu):  # doorbells of one CPU do not overtake each other
+                self._travel(_DOORBELL, "doorbells", self._kicks[cpu].pop(0), time_ns, f"kick CPU {cpu}", {"txn": extra})
             self._instant(HOST, self._cpu(cpu), time_ns, "kick", {"txn": extra})
         elif kind == TraceKind.QUEUE_DEPTH:
             self.events.append({"ph": "C", "pid": QUEUES, "tid": 0, "ts": _us(time_ns), "name": self.names.queue(cpu), "args": {"entries": value}})
@@ -205,10 +204,10 @@ class _Drawing:
     # ── the link ──
 
     def _arrive_message(self, time_ns: int, cpu: int, tid: int, kind: int, number: int) -> None:
-        sent, sender = self._messages.pop(number, (None, cpu))
-        if sent is not None:
-            args = {"tid": tid, "cpu": sender, "message": number}
-            self._travel(_UP, "host to agent", sent.time_ns, time_ns, self.names.message(kind), args)
+        """Messages of one number about one thread arrive in the order in which they were sent."""
+        if waiting := self._messages.get((number, tid, kind)):
+            sent_ns, sender = waiting.pop(0)
+            self._travel(_UP, "host to agent", sent_ns, time_ns, self.names.message(kind), {"tid": tid, "cpu": sender, "message": number})
 
     def _arrive_decision(self, time_ns: int, cpu: int, tid: int, txn: int, outcome: str) -> None:
         made, _ = self._decisions.pop(txn, (None, cpu))

@@ -48,6 +48,11 @@ def show_share(share: float | None, *, sign: bool = False) -> str:
     return f"{percent:{'+' if sign and round(percent, places) else ''}.{places}f} %".replace("-", "−")
 
 
+def show_share_interval(ends: tuple[float, float]) -> str:
+    """An interval of shares in percent: "1.1 to 5.8"."""
+    return f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}".replace("-", "−")
+
+
 def show_count(value: float | None, places: int = 2) -> str:
     """A plain number with so many places."""
     return NONE if value is None else f"{value:.{places}f}"

@@ -68,6 +68,7 @@ class Configuration:
     saturation_low_per_s: float | None
     saturation_high_per_s: float | None
     cost_share: Mapping[str, float] = field(default_factory=dict)
+    cost_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -159,8 +160,11 @@ class Reading:
 
     @property
     def seeds(self) -> list[int]:
-        """All seeds of all points."""
-        found = {seed.get("seed") for each in self.configurations for point in each.points for seed in point.seeds}
+        """All seeds that were run: those that the results name, and those of their points."""
+        named = self.raw.get("seeds")
+        found = set(named if isinstance(named, list) else ()) | {
+            seed.get("seed") for each in self.configurations for point in each.points for seed in point.seeds
+        }
         return sorted(seed for seed in found if isinstance(seed, int))
 
     @property
@@ -250,6 +254,7 @@ def _read_configuration(raw: Any, place: int) -> Configuration:
             by_load.setdefault(round(load, 3), []).append(point)
     workers = number(raw.get("workers"))
     costs = raw.get("cost_share")
+    ends = {name: (number(_at(raw, name, 0)), number(_at(raw, name, 1))) for name in COLUMNS}
     return Configuration(
         id=str(raw.get("id") or f"configuration {place + 1}"),
         policy=str(raw.get("policy") or policy),
@@ -260,8 +265,15 @@ def _read_configuration(raw: Any, place: int) -> Configuration:
         saturation_per_s=number(raw.get("saturation_per_s")),
         saturation_low_per_s=number(raw.get("saturation_low_per_s")),
         saturation_high_per_s=number(raw.get("saturation_high_per_s")),
+        cost_interval={name: (low, high) for name, (low, high) in ends.items() if low is not None and high is not None},
         cost_share={name: value for name in COLUMNS if isinstance(costs, Mapping) and (value := number(costs.get(name))) is not None},
     )
+
+
+def _at(raw: Mapping[str, Any], column: str, end: int) -> Any:
+    """One end of the interval of a column's cost."""
+    interval = _dig(raw, ("cost_interval", column))
+    return interval[end] if isinstance(interval, list | tuple) and len(interval) == 2 else None
 
 
 def _read_ablation(raw: Mapping[str, Any]) -> AblationRow:
