@@ -266,7 +266,7 @@ def _is_there(memory: Any, own: Any, position: int) -> bool:
 
 @jitable
 def room(memory: Any, own: Any, n: int) -> int:
-    """How many records fit now: exactly, if fewer than n; else at least n."""
+    """How many records surely fit, for a producer that would rather wait than overflow; the credit is read anew only where fewer than n seem to."""
     if own[CAPACITY] - (own[NEXT] - own[CREDIT]) < n:
         invalidate(memory, CREDIT_AT)
         own[CREDIT] = load(memory, CREDIT_AT)
