@@ -177,17 +177,16 @@ def find_saturation(
     resolution_share: float,
     found: Saturation,
 ) -> Search:
-    """Fill `found` with the highest load that meets the objective, for each seed in turn; the first also runs the whole grid.
+    """Fill `found` with the highest load that meets the objective, for each seed in turn. `grid` says where to begin, with the first seed.
 
     Where even the lowest load fails, lower ones are tried down to a thousandth of it; then saturation is 0.
     """
-    points = yield [Ask(configuration, load, seeds[0]) for load in grid]
-    low, high = 0.0, math.inf
-    for load, point in zip(grid, points, strict=True):
-        if not meets_objective(point):
-            high = load
-            break
-        low = load
+    first, last = -1, len(grid)  # grid[first] meets the objective, grid[last] does not
+    while last - first > 1:
+        middle = (first + last) // 2
+        [point] = yield [Ask(configuration, grid[middle], seeds[0])]
+        first, last = (middle, last) if meets_objective(point) else (first, middle)
+    low, high = grid[first] if first >= 0 else 0.0, grid[last] if last < len(grid) else math.inf
     for seed in seeds:
         low, high = yield from _bracket(configuration, seed, low, high, grid[0] / 1000, meets_objective)
         while high - low > resolution_share * high and high > grid[0] / 1000:
@@ -230,12 +229,12 @@ def drive(
     measure: Callable[[Ask], Any],
     keep: Callable[[Ask, Any], Point],
     progress: Callable[[int, int, Ask], None],
+    known: dict[Ask, Point],
 ) -> None:
-    """Run searches side by side until all have ended. `measure` makes an engine's setup, `keep` stores a result and makes its point.
+    """Run searches side by side until all have ended. `measure` makes the pool's job, `keep` stores a result and makes its point.
 
-    A run that was asked for before is answered from what was kept.
+    A run that is in `known` is answered from there, and new ones are added.
     """
-    known: dict[Ask, Point] = {}
     askers: dict[int, tuple[Search, list[Ask]]] = {}  # by id of the search's list of asks
     jobs: dict[int, Ask] = {}
     wanting: dict[Ask, list[int]] = {}
@@ -296,6 +295,7 @@ class Comparison:
         self._link, self._machine = dict(link), machine
         self._means = class_mean_ns(scenario, inputs)
         self._limits = {name: limits_us(goal, self._means[name]) for name, goal in scenario.objective.items()}
+        self._known: dict[Ask, Point] = {}
         self._points: dict[Configuration, dict[float, Point]] = {}  # of the first seed, by load
         self._replicas: dict[Configuration, list[Point]] = {}  # of the others
         self._saturations: dict[Configuration, Saturation] = {}
@@ -312,10 +312,9 @@ class Comparison:
         """What has to run. `ablation` names the policy whose mitigations are taken away; empty: none."""
         found = []
         for configuration in self.configurations:
+            found.append(scan(configuration, self.grid, self.seeds[0]))
             if saturation:
                 found.append(self._saturation(configuration))
-            else:
-                found.append(scan(configuration, self.grid, self.seeds[0]))
         if ablation:
             self._ablated = Configuration(ablation, "offload", self.scenario.host.workers)
             for _, mitigations in ablation_steps():
@@ -333,7 +332,7 @@ class Comparison:
             progress(done, expected, f"{ask.configuration.id} at {ask.load_per_s:,.0f}/s")
 
         try:
-            drive(pool, searches, lambda ask: Job(self.scenario, self.inputs, ask), self._keep, tell)
+            drive(pool, searches, lambda ask: Job(self.scenario, self.inputs, ask), self._keep, tell, self._known)
         except KeyboardInterrupt:
             self.interrupted = True
             raise

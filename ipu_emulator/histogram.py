@@ -35,6 +35,11 @@ def quantile_ns(histogram: np.ndarray[Any, Any], q: float) -> float:
     return low + inside * (high - low)
 
 
+def middles_ns(bins: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The middle of each of these bins, ns."""
+    return np.array([sum(_edges(int(each))) / 2 for each in bins])
+
+
 def _edges(index: int) -> tuple[float, float]:
     shift = max(0, (index >> _BITS) - 1)
     value = index - (shift << _BITS)

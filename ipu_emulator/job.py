@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from waveos.scenario import RequestClass, Scenario, explain_key
 if TYPE_CHECKING:
     from waveos.ipu_emulator import sched
 
-KERNEL_POLICY = "fair"
+KERNEL_POLICY = "kernel"
 """What the kernel does by itself."""
 
 
@@ -64,9 +65,43 @@ class Job:
         return self.ask.configuration.policy
 
 
+@dataclass(frozen=True)
+class CostJob:
+    """Call `MODULE:FUNCTION(policies)` in a child, so that the parent loads nothing for it: what the policies' messages cost on this machine."""
+
+    measure: str
+    policies: tuple[str, ...]
+
+    @property
+    def policy(self) -> str:
+        """The policies to name when the child dies."""
+        return ", ".join(self.policies)
+
+
+class OpenCostJob:
+    """A cost job as the pool's child runs it."""
+
+    def __init__(self, job: CostJob) -> None:
+        self._job = job
+
+    def advance(self, wall_ns: int) -> bool:
+        """Nothing is done in slices."""
+        return True
+
+    def result(self) -> Any:
+        """What the function says, ns by policy."""
+        module, _, function = self._job.measure.partition(":")
+        return getattr(import_module(module), function)(self._job.policies)
+
+
+def open_job(job: Job | CostJob, handling: int) -> OpenJob | OpenCostJob:
+    """The job, ready to advance. `handling`: address of the word that tells which message the policy is at; 0: none."""
+    return OpenCostJob(job) if isinstance(job, CostJob) else OpenJob(job, handling)
+
+
 @dataclass
 class OpenJob:
-    """The job as the pool's child runs it: `advance` in slices, then `result`."""
+    """A run as the pool's child runs it: `advance` in slices, then `result`."""
 
     job: Job
     handling: int

@@ -27,7 +27,7 @@ SLICE_NS = 50_000_000
 """Wall time after which the engine hands control back."""
 PATIENCE_S = 2.0
 """How long one call of a handler may take."""
-ENGINE = "waveos.ipu_emulator.job:OpenJob"
+ENGINE = "waveos.ipu_emulator.job:open_job"
 
 _BEAT_BYTES = 4096
 _SLICE, _HANDLING = 0, 1  # 64-bit words: slices begun and ended (odd: inside one); type of the message at the policy, 0: none

@@ -20,7 +20,7 @@ from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
 from waveos.ipu_emulator.fair import Fair
 from waveos.ipu_emulator.clock import reset_clock
 from waveos.ipu_emulator.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
-from waveos.ipu_emulator.histogram import quantile_ns
+from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
 from waveos.ipu_emulator.machine import COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.outcome import Outcome
@@ -326,8 +326,7 @@ def _mean_ns(histogram: np.ndarray[Any, Any]) -> float:
     filled = np.flatnonzero(histogram)
     if not len(filled):
         return float("nan")
-    values = np.array([quantile_ns(np.eye(1, len(histogram), i, dtype=np.int64)[0], 0.5) for i in filled])
-    return float(np.average(values, weights=histogram[filled]))
+    return float(np.average(middles_ns(filled), weights=histogram[filled]))
 
 
 def _class_records(classes: tuple[RequestClass, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

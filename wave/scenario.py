@@ -100,7 +100,7 @@ class Workload(_Part):
     arrivals: Literal["poisson"] | Trace = Field(default="poisson", description='"poisson" or {trace = "file.csv"}')
     loads_per_s: list[_Positive] = Field(default=[], description="a list of offered loads, in requests per second, each above 0")
     loads_share: list[_Positive] = Field(default=[], description="a list of offered loads, as shares of workers / mean service time, each above 0")
-    classes: list[RequestClass] = Field(min_length=1, max_length=255, description="one [[workload.classes]] table for each kind of request")
+    classes: list[RequestClass] = Field(min_length=1, max_length=32, description="one [[workload.classes]] table for each kind of request")
 
     @model_validator(mode="after")
     def _consistent(self) -> Workload:

@@ -204,6 +204,7 @@ def test_a_search_for_a_step_function_ends_at_the_step():
         lambda ask: ask,
         lambda ask, _result: {"load": ask.load_per_s},
         lambda done, expected, ask: None,
+        {},
     )
     assert 777 * 0.99 <= found.value <= 777
 

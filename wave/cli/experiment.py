@@ -69,7 +69,7 @@ def run(
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
     _check_outputs(out, trace)
     with _open_pool(1) as pool:
-        comparison = _single(scenario, placement)
+        comparison = _single(scenario, placement, pool)
         code = _measure(comparison, pool, saturation=False)
         if trace is not None and code is None:
             _write_trace(comparison, pool, scenario.run.warmup_ms, 5.0, trace)
@@ -103,7 +103,7 @@ def compare(
     _check_outputs(out, report)
     search = loads is None if saturation is None else saturation
     with _open_pool(processes) as pool:
-        comparison = prepare(scenario)
+        comparison = prepare(scenario, pool)
         code = _measure(comparison, pool, saturation=search, ablation=search if ablation is None else ablation)
     _give(comparison.results(), out, report, as_json, stopped=code)
     return code
@@ -141,7 +141,7 @@ def sweep(
     code: int | None = None
     with _open_pool(processes) as pool:
         for number, (values, scenario) in enumerate(scenarios, 1):
-            comparison = prepare(scenario, only=_only(placement))
+            comparison = prepare(scenario, pool, only=_only(placement))
             label = f"{number} of {len(scenarios)}: {', '.join(f'{key}={value}' for key, value in values.items())}: "
             code = _measure(comparison, pool, saturation=loads is None, label=label)
             rows.append({"set": values, **comparison.results()})
@@ -174,7 +174,7 @@ def trace(
     _check_outputs(out)
     begin_ms = scenario.run.warmup_ms if from_ms is None else from_ms
     with _open_pool(1) as pool:
-        events = _write_trace(_single(scenario, placement), pool, begin_ms, for_ms, out)
+        events = _write_trace(_single(scenario, placement, pool), pool, begin_ms, for_ms, out)
     if as_json:
         print_json({"path": str(out), "events": events, "from_ms": begin_ms, "for_ms": for_ms})
     else:
@@ -303,23 +303,25 @@ def _only(placement: str) -> Callable[[Any], bool]:
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def prepare(scenario: Scenario, *, only: Callable[[Any], bool] = lambda configuration: True) -> Any:
+def prepare(scenario: Scenario, pool: Any = None, *, only: Callable[[Any], bool] = lambda configuration: True) -> Any:
     """The scenario's comparison (`waveos.ipu_emulator.experiment.Comparison`), with everything it reads read, ready to run."""
     experiment = import_module("waveos.ipu_emulator.experiment")
+    experiment.check_policies(scenario)
     link = import_module("waveos.ipu_emulator.job").link_of(scenario)
     return experiment.Comparison(
         scenario,
-        gather_inputs(scenario),
+        gather_inputs(scenario, pool),
         link={"name": link.name, "verified": link.verified, "source": link.source},
         machine=import_module("waveos.bench.machine").describe_machine(),
         only=only,
     )
 
 
-def gather_inputs(scenario: Scenario, *, measure_messages: Callable[[Sequence[str]], Mapping[str, float]] | None = None) -> Any:
+def gather_inputs(scenario: Scenario, pool: Any = None) -> Any:
     """What the scenario reads besides itself: files, service times measured on this machine, costs of the policies' messages on it.
 
-    Raises MissingError where a measurement needs a package that is not installed, ConfigError for a file that cannot be used.
+    With a pool the costs are measured in one of its processes. Raises MissingError where a measurement needs a package that is not installed,
+    ConfigError for a file that cannot be used, PolicyError for a policy that fails while its cost is measured.
     """
     inputs = import_module("waveos.ipu_emulator.inputs")
     samples = {}
@@ -328,13 +330,31 @@ def gather_inputs(scenario: Scenario, *, measure_messages: Callable[[Sequence[st
     arrivals = None
     if not isinstance(scenario.workload.arrivals, str):
         arrivals = inputs.read_arrivals(scenario.base / scenario.workload.arrivals.trace, [each.name for each in scenario.workload.classes])
-    message_ns: Mapping[str, float] = {}
-    if scenario.agent.message_ns == "measured":
-        measure = measure_messages or import_module("waveos.bench.policy").message_costs
-        message_ns = measure(scenario.policies.names)
+    names = list(dict.fromkeys([*scenario.policies.names, *([scenario.policies.ablation] if scenario.policies.ablation else [])]))
+    if scenario.agent.message_ns != "measured":
+        return inputs.Inputs(samples, dict.fromkeys(names, float(scenario.agent.message_ns)), arrivals)
+    job = import_module("waveos.ipu_emulator.job")
+    files = {name: job.policy_file(scenario, name) for name in names}
+    if pool is None:
+        costs = import_module("waveos.bench.policy").message_costs(files.values())
     else:
-        message_ns = dict.fromkeys(scenario.policies.names, float(scenario.agent.message_ns))
-    return inputs.Inputs(samples, message_ns, arrivals)
+        costs = _measured_costs(scenario, inputs.Inputs(samples, dict.fromkeys(names, 0.0), arrivals), files, pool)
+    return inputs.Inputs(samples, {name: costs[file] for name, file in files.items()}, arrivals)
+
+
+def _measured_costs(scenario: Scenario, inputs: Any, files: Mapping[str, str], pool: Any) -> Any:
+    """Costs of policies' messages, ns. A policy from a file first runs for a moment under the watchdog: a measurement has none."""
+    job, experiment = import_module("waveos.ipu_emulator.job"), import_module("waveos.ipu_emulator.experiment")
+    short = scenario.model_copy(update={"run": scenario.run.model_copy(update={"duration_ms": 5.0, "warmup_ms": 0.0})})
+    for name, file in files.items():
+        if ".py" in file:
+            configuration = job.Configuration(name, "offload", scenario.host.workers)
+            pool.submit(job.Job(short, inputs, job.Ask(configuration, experiment.capacity_per_s(scenario, inputs) / 2, 1)))
+    for _ in pool.finished():
+        pass
+    pool.submit(job.CostJob("waveos.bench.policy:message_costs", tuple(files.values())))
+    [(_, costs)] = pool.finished()
+    return costs
 
 
 def _measured_samples(spec: str) -> Any:
@@ -351,9 +371,9 @@ def _measured_samples(spec: str) -> Any:
     return times.get_ns if name == "get" else times.range_ns
 
 
-def _single(scenario: Scenario, placement: str) -> Any:
+def _single(scenario: Scenario, placement: str, pool: Any) -> Any:
     """A comparison of one configuration at one load: the last policy where there are several, the middle load."""
-    comparison = prepare(scenario, only=_only(placement))
+    comparison = prepare(scenario, pool, only=_only(placement))
     if not comparison.configurations:
         raise ConfigError(f"--placement {placement}: the scenario has no such configuration")
     comparison.configurations = comparison.configurations[-1:] if placement != "on-host" else _same_workers(comparison.configurations)

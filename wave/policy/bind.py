@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ class Bound:
     address: int
     handlers: int  # bit t set: there is a handler for message type t
     keep: Any  # what the address points into
-    failure: list[str]  # traceback of a plain handler that raised
+    failure: list[str]  # what a plain handler raised
+    fingerprint: str  # of all that the handlers consist of
 
     @property
     def state_address(self) -> int:
@@ -73,13 +75,15 @@ def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
         state[key] = value
     handlers = sum(1 << code for name, code in policy.subsystem.HANDLERS.items() if name in policy.handlers)
     failure: list[str] = []
+    source = _dispatch_source(policy)
+    fingerprint = _fingerprint(policy, source, dtype)
     if policy.compiled and jit_wanted():
-        keep: Any = _compile(policy, dtype)
+        keep: Any = _compile(policy, dtype, source, fingerprint)
         address = int(keep.address)
     else:
         keep = _interpret(policy, dtype, failure)
         address = int(ctypes.cast(keep, ctypes.c_void_p).value or 0)
-    return Bound(policy, state, state.copy(), address, handlers, keep, failure)
+    return Bound(policy, state, state.copy(), address, handlers, keep, failure, fingerprint)
 
 
 def _state_dtype(policy: type[Policy]) -> np.dtype[Any]:
@@ -92,11 +96,11 @@ def _handler_name(policy: type[Policy], code: int) -> str:
     return next(name for name, value in policy.subsystem.HANDLERS.items() if value == code)
 
 
-def _compile(policy: type[Policy], dtype: np.dtype[Any]) -> Any:
+def _dispatch_source(policy: type[Policy]) -> str:
     arms = "".join(
         f"        {'elif' if i else 'if'} kind == {policy.subsystem.HANDLERS[name]}:\n            {name}(s, m, t)\n" for i, name in enumerate(policy.handlers)
     )
-    source = (
+    return (
         f'"""Generated from policy {policy.name!r}."""\n\n'
         "def dispatch(state, message, orders):\n"
         "    s = carray(as_pointer(state), 1, STATE)[0]\n"
@@ -105,7 +109,11 @@ def _compile(policy: type[Policy], dtype: np.dtype[Any]) -> Any:
         "    kind = m.type\n"
         "    try:\n" + arms + "    except Exception:\n        return 1\n    return 0\n"
     )
-    path = cache_dir("policies") / f"{policy.name}_{_fingerprint(policy, source, dtype)}.py"
+
+
+@lru_cache(maxsize=64)
+def _compile(policy: type[Policy], dtype: np.dtype[Any], source: str, fingerprint: str) -> Any:
+    path = cache_dir("policies") / f"{policy.name}_{fingerprint}.py"
     if not path.exists():
         write_file(path, source)
     space: dict[str, Any] = {"__name__": __name__, "carray": carray, "as_pointer": as_pointer, "STATE": dtype, "MESSAGE": MESSAGE, "ORDERS": ORDERS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def load_policy(name: str) -> type[Policy]:
     """The policy called `name`: an installed one, `path/to/file.py`, or `path/to/file.py:Class`. Raises PolicyError with what is there instead."""
     if ".py" in name:
         return _from_file(name)
+    return _from_entry_point(name)
+
+
+@lru_cache(maxsize=64)
+def _from_entry_point(name: str) -> type[Policy]:
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             try:
