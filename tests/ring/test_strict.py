@@ -272,7 +272,7 @@ def search(check: Callable[[Ring, Pair, Choices], None], ring: Ring, pair: Pair,
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name.lower()}-to-{pair[1].name.lower()}")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
 def test_the_ring_keeps_its_laws_on_memory_as_unhelpful_as_allowed(check, pair):
-    search(check, the_ring, pair, 300)
+    search(check, the_ring, pair, 200)
 
 
 def barrier_sites() -> list[tuple[str, int, int]]:
