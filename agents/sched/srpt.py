@@ -19,6 +19,7 @@ class Srpt(Policy, subsystem=sched, name="srpt"):
             if left > longest:
                 victim, longest = cpu, left
         if victim >= 0 and heap_key(self.waiting) < longest:
+            self.until_ns[victim] = msg.time_ns + heap_key(self.waiting)
             sched.run(txns, tid=heap_pop(self.waiting), cpu=victim, preempt=True)
 
     def thread_running(self, msg, txns):

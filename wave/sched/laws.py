@@ -9,6 +9,7 @@ The laws:
 - With prestaging it is then asked for busy CPUs as well (`front=1`), up to `depth` decisions ahead. A thread staged behind a busy CPU is offered
   to one that falls idle: the same decision is made again there, and whichever copy the host meets second aborts as stale.
 - A CPU that went idle while a decision was on its way to it unannounced is kicked: no wake-up is lost.
+- A CPU has at most DEPTH decisions outstanding; one more is not sent, and fails as congested when the batch ends.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
 - A thread that left while the policy held it is dropped silently when the policy runs it; a thread the policy does not hold is an error.
 """
@@ -32,6 +33,8 @@ DEPTH = 4
 """Most decisions outstanding on one CPU."""
 OUT = 4_096
 """Decisions of one batch."""
+RETURNS = 256
+"""Decisions of one batch that may find their CPU full."""
 
 # Compiled code compares plain integers.
 (
@@ -56,7 +59,7 @@ OUT = 4_096
     RESYNC,
 ) = map(int, Message)
 RUN, YIELD_CPU, KICK = map(int, Decision)
-COMMITTED = int(Outcome.COMMITTED)
+COMMITTED, CONGESTED = int(Outcome.COMMITTED), int(Outcome.CONGESTED)
 
 # Where a thread is, as the newest message has it.
 ABSENT, BLOCKED, RUNNABLE, STAGED, RUNNING = range(5)
@@ -124,6 +127,8 @@ RUNTIME = np.dtype(
         ("redelivered", "i8"),  # threads that came back after a failed transaction
         ("unserved", "i8"),  # batches after which a CPU idled while the policy held a thread
         ("next_restage", "i8"),
+        ("returned", "i8"),
+        ("returned_tid", "i8", (RETURNS,)),  # threads whose decision found no room; offered again when the batch ends
         ("msg", MESSAGE),  # what a handler is given
         ("orders", ORDERS),  # what it answers
         ("cpu", CPU, (MAX_CPUS,)),
@@ -170,7 +175,7 @@ def failure(runtime: np.ndarray[Any, Any], bound: Bound) -> PolicyError:
         case 4:
             return PolicyError(f"{place}: named CPU {cpu}, which is outside the enclave (CPUs 0..{int(head['cpus']) - 1})")
         case 5:
-            return PolicyError(f"{place}: more than {DEPTH} decisions outstanding for CPU {cpu}; answer cpu_idle with one")
+            return PolicyError(f"{place}: more than {RETURNS} decisions for CPUs that have {DEPTH} outstanding; answer cpu_idle with one")
         case _:
             return PolicyError(f"{place}: more than {OUT} decisions in one batch; a policy that floods is stopped")
 
@@ -211,9 +216,14 @@ def _emit(rt: Any, kind: int, tid: int, cpu: int, flags: int) -> None:
 @jit
 def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
     """Decide that `tid` runs next on `cpu`; `now`: in place of what runs there."""
-    c = rt.cpu[cpu]
+    c, t = rt.cpu[cpu], rt.thread[tid]
     if c.staged >= DEPTH:
-        _fail(rt, CPU_FULL, tid, cpu)
+        if rt.returned >= RETURNS:
+            _fail(rt, CPU_FULL, tid, cpu)
+            return
+        rt.returned_tid[rt.returned] = tid
+        rt.returned += 1
+        t.state, t.cpu = STAGED, cpu
         return
     flags = 0
     if (now or c.preempting) and c.running >= 0:
@@ -225,7 +235,6 @@ def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
     c.staged_tid[c.staged] = tid
     c.staged_kicked[c.staged] = flags != 0
     c.staged += 1
-    t = rt.thread[tid]
     t.state, t.cpu = STAGED, cpu
     _emit(rt, RUN, tid, cpu, flags)
 
@@ -375,7 +384,7 @@ def _reset(rt: Any) -> None:
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         c.timer_ns, c.running, c.staged, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0
-    rt.waiting = 0
+    rt.waiting = rt.returned = 0
 
 
 @jit
@@ -410,6 +419,11 @@ def _restage(rt: Any, cpu: int) -> None:
 def _settle_batch(rt: Any, now_ns: int) -> None:
     """The level-triggered part, after a drained batch."""
     rt.now_ns = max(rt.now_ns, now_ns)
+    returned, rt.returned = rt.returned, 0
+    for i in range(returned):
+        tid = int(rt.returned_tid[i])
+        if rt.thread[tid].state == STAGED:
+            _offer(rt, tid, int(rt.thread[tid].cpu), TXN_FAILED, 1, CONGESTED, rt.now_ns)
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         if c.timer_ns and c.timer_ns <= rt.now_ns and c.running >= 0 and not c.ordered:
