@@ -23,6 +23,8 @@ from waveos.sched.laws import OUT, failure, feed_all, make_runtime
 from waveos.sched.records import DECISION, KICKED, MESSAGE, OUTCOME, PREEMPT, SUBSYSTEM, Decision, Message
 
 Records = np.ndarray[Any, Any]
+PATIENCE_NS = 1_000_000_000
+"""How long a link may take to deliver what was sent."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ def replay_over(host: Any, agent: Any, replayed: Replayed, messages: Records, ch
         assert sent == len(part), f"the link took {sent} of {len(part)} messages"
         taken = 0
         while taken < len(part):
-            batch = agent.poll_messages()
+            batch = agent.poll_messages(wait_ns=PATIENCE_NS)
             assert len(batch), f"{taken} of {len(part)} messages came through the link"
             taken += len(batch)
             made = replayed.feed(batch)
@@ -108,7 +110,7 @@ def replay_over(host: Any, agent: Any, replayed: Replayed, messages: Records, ch
                 agent.txn_create(len(some))[:] = some
                 agent.txns_commit()
                 while len(some):
-                    got = host.poll_txns(len(some)).copy()
+                    got = host.poll_txns(len(some), wait_ns=PATIENCE_NS).copy()
                     assert len(got), "the link lost transactions"
                     pieces.append(got)
                     some = some[len(got) :]
