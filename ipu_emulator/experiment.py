@@ -37,10 +37,10 @@ UNLOADED_SHARE = 0.005
 
 @dataclass
 class Saturation:
-    """The highest load that meets the objective, requests/s, one value a seed, each with the resolution of its search."""
+    """The highest load that meets the objective, requests/s: for each seed the middle of the bracket that its search ended with; 0 if none does."""
 
     per_seed: list[float] = field(default_factory=list)
-    step: float = 0.0  # the widest gap between a load that met the objective and the next that did not
+    step: float = 0.0  # the widest of those brackets
 
     @property
     def value(self) -> float:
@@ -177,50 +177,39 @@ def find_saturation(
     resolution_share: float,
     found: Saturation,
 ) -> Search:
-    """Fill `found` with the highest load that meets the objective, for each seed in turn. `grid` says where to begin, with the first seed.
+    """Fill `found` with the highest load that meets the objective, for each seed in turn.
 
-    Where even the lowest load fails, lower ones are tried down to a thousandth of it; then saturation is 0.
+    The first seed begins with `grid`, the others where their predecessors ended. Each is bracketed, then halved until the bracket is as narrow as
+    the resolution. Where even the lowest load fails, lower ones are tried down to a thousandth of it; then saturation is 0.
     """
+
+    def fits(load: float, seed: int) -> Generator[list[Ask], list[Point], bool]:
+        [point] = yield [Ask(configuration, load, seed)]
+        return meets_objective(point)
+
+    floor = grid[0] / 1000
     first, last = -1, len(grid)  # grid[first] meets the objective, grid[last] does not
     while last - first > 1:
         middle = (first + last) // 2
-        [point] = yield [Ask(configuration, grid[middle], seeds[0])]
-        first, last = (middle, last) if meets_objective(point) else (first, middle)
+        first, last = (middle, last) if (yield from fits(grid[middle], seeds[0])) else (first, middle)
     low, high = grid[first] if first >= 0 else 0.0, grid[last] if last < len(grid) else math.inf
+    step = 0.15
     for seed in seeds:
-        low, high = yield from _bracket(configuration, seed, low, high, grid[0] / 1000, meets_objective)
-        while high - low > resolution_share * high and high > grid[0] / 1000:
-            middle = _rounded((low + high) / 2)
-            if not low < middle < high:
-                break
-            [point] = yield [Ask(configuration, middle, seed)]
-            low, high = (middle, high) if meets_objective(point) else (low, middle)
-        found.per_seed.append(low)
+        if seed != seeds[0]:
+            guess, step = _rounded(max(found.value, floor)), 2 * resolution_share
+            low, high = (guess, math.inf) if (yield from fits(guess, seed)) else (0.0, guess)
+        while math.isinf(high):
+            trial = _rounded(low * (1 + step))
+            low, high = (trial, high) if (yield from fits(trial, seed)) else (low, trial)
+            step *= 2
+        while low == 0 and high > floor:
+            trial = _rounded(high * max(0.5, 1 - step))
+            low, high = (trial, high) if (yield from fits(trial, seed)) else (low, trial)
+            step *= 2
+        while low > 0 and high - low > resolution_share * high and low < (middle_load := _rounded((low + high) / 2)) < high:
+            low, high = (middle_load, high) if (yield from fits(middle_load, seed)) else (low, middle_load)
+        found.per_seed.append((low + high) / 2 if low else 0.0)
         found.step = max(found.step, high - low)
-        low, high = _rounded(low * (1 - 2 * resolution_share)), _rounded(high * (1 + 2 * resolution_share))  # where the next seed looks first
-
-
-def _bracket(
-    configuration: Configuration, seed: int, low: float, high: float, floor: float, meets_objective: Callable[[Point], bool]
-) -> Generator[list[Ask], list[Point], tuple[float, float]]:
-    """A load that meets the objective (or 0) and a higher one that does not, from a guess of both."""
-    reach = 1.15
-    while not math.isfinite(high):
-        [point] = yield [Ask(configuration, _rounded(low * reach), seed)]
-        low, high = (_rounded(low * reach), high) if meets_objective(point) else (low, _rounded(low * reach))
-    wanted = [load for load in (low, high) if load > 0]
-    answers = yield [Ask(configuration, load, seed) for load in wanted]
-    fine = {load: meets_objective(point) for load, point in zip(wanted, answers, strict=True)}
-    while fine.get(high):
-        low, high = high, _rounded(high * reach)
-        [point] = yield [Ask(configuration, high, seed)]
-        fine[high] = meets_objective(point)
-    while low > 0 and not fine[low]:
-        low, high = (_rounded(low / reach), low) if low > floor else (0.0, low)
-        if low > 0:
-            [point] = yield [Ask(configuration, low, seed)]
-            fine[low] = meets_objective(point)
-    return low, high
 
 
 def drive(

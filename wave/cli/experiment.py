@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -32,6 +33,7 @@ config = typer.Typer(name="config", help="What a scenario says, and where each v
 commands.add_typer(config)
 
 _EVERY_S = 5.0  # between lines of progress where stderr is no terminal
+_COMPILING = "the first run on a machine compiles the engine, which takes up to a minute"
 
 ScenarioName = Annotated[str, typer.Argument(help="A scenario's name, or the path of a TOML file.", metavar="SCENARIO")]
 Settings = Annotated[
@@ -415,18 +417,25 @@ def _show_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label or "starting", total=None)
+            task = bar.add_task(f"{label}starting; {_COMPILING}", total=None)
             yield lambda done, expected, what: bar.update(task, completed=done, total=expected, description=f"{label}{what}")
         return
     last = time.monotonic() - _EVERY_S + 1  # the first line soon
+    waiting = threading.Timer(3, talk, (_COMPILING,))
+    waiting.daemon = True
 
     def say(done: int, expected: int, what: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= _EVERY_S:
+        waiting.cancel()
+        if time.monotonic() - last >= _EVERY_S and expected > done:
             last = time.monotonic()
             talk(f"{label}{done} runs done, at least {expected - done} to go; last: {what}")
 
-    yield say
+    waiting.start()
+    try:
+        yield say
+    finally:
+        waiting.cancel()
 
 
 def _write_trace(comparison: Any, pool: Any, from_ms: float, for_ms: float, out: Path) -> int:
