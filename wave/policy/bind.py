@@ -12,7 +12,6 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from waveos.policy.policy import Policy
 
 RAISED = 1
+_COMPILED: dict[str, Any] = {}  # by fingerprint: what this process has compiled or loaded
 _SIGNATURE = types.int64(types.int64, types.int64, types.int64)
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -78,7 +78,9 @@ def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
     source = _dispatch_source(policy)
     fingerprint = _fingerprint(policy, source, dtype)
     if policy.compiled and jit_wanted():
-        keep: Any = _compile(policy, dtype, source, fingerprint)
+        if fingerprint not in _COMPILED:
+            _COMPILED[fingerprint] = _compile(policy, dtype, source, fingerprint)
+        keep: Any = _COMPILED[fingerprint]
         address = int(keep.address)
     else:
         keep = _interpret(policy, dtype, failure)
@@ -111,7 +113,6 @@ def _dispatch_source(policy: type[Policy]) -> str:
     )
 
 
-@lru_cache(maxsize=64)
 def _compile(policy: type[Policy], dtype: np.dtype[Any], source: str, fingerprint: str) -> Any:
     path = cache_dir("policies") / f"{policy.name}_{fingerprint}.py"
     if not path.exists():
