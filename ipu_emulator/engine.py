@@ -208,10 +208,8 @@ def _wake_agent(m: Any) -> None:
     due = NEVER
     if m.up_tail > m.up_head:
         due = max(m.agent_free_ns, m.up_visible_ns[m.up_head % m.up_cap])
-    for cpu in range(m.cpus):
-        c = m.runtime.cpu[cpu]
-        if c.timer_ns > m.runtime.now_ns and c.running >= 0 and not c.ordered:
-            due = min(due, max(m.agent_free_ns, c.timer_ns))
+    if m.runtime.next_timer_ns < due:
+        due = max(m.agent_free_ns, m.runtime.next_timer_ns)
     set_due(m.clock, AGENT, due)
 
 

@@ -19,7 +19,7 @@ from waveos.link import open_link
 from waveos.outcome import Outcome
 from waveos.policy import Policy, load_policy
 from waveos.record import VERSION
-from waveos.sched.laws import OUT, failure, feed_all, make_runtime
+from waveos.sched.laws import OUT, RUNNABLE, STAGED, failure, feed_all, make_runtime
 from waveos.sched.records import DECISION, KICKED, MESSAGE, OUTCOME, PREEMPT, SUBSYSTEM, Decision, Message
 
 Records = np.ndarray[Any, Any]
@@ -227,6 +227,7 @@ class HostileHost:
         del self._unsent[:n]
         self._messages.append(messages)
         made = self.agent.feed(messages)
+        self._check_tables()
         if len(made):
             self._decisions.append(made)
         for decision in made:
@@ -235,6 +236,16 @@ class HostileHost:
             if decision["type"] != Decision.KICK:
                 self.pending[cpu].append(decision)
             self.rung[cpu] |= bool(decision["flags"] & KICKED)
+
+    def _check_tables(self) -> None:
+        """What the runtime counts is what its tables hold."""
+        runtime = self.agent.runtime[0]
+        threads, cpus = runtime["thread"][: self.agent.threads], runtime["cpu"][: self.agent.cpus]
+        staged = threads["cpu"][threads["state"] == STAGED]
+        assert [int(c["live"]) for c in cpus] == [int(np.sum(staged == cpu)) for cpu in range(self.agent.cpus)]
+        assert runtime["live"] == len(staged)
+        assert runtime["idle"] == np.sum(cpus["idle"])
+        assert runtime["waiting"] == np.sum(threads["state"] == RUNNABLE)
 
     def _wake(self) -> None:
         tid = self.random.randrange(self.agent.threads)

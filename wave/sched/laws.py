@@ -10,6 +10,7 @@ The laws:
   to one that falls idle: the same decision is made again there, and whichever copy the host meets second aborts as stale.
 - A CPU that went idle while a decision was on its way to it unannounced is kicked: no wake-up is lost.
 - A CPU has at most DEPTH decisions outstanding; one more is not sent, and fails as congested when the batch ends.
+- `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
 - A thread that left while the policy held it is dropped silently when the policy runs it; a thread the policy does not hold is an error.
 """
@@ -27,12 +28,13 @@ from waveos.outcome import Outcome
 from waveos.policy.bind import Bound
 from waveos.record import VERSION
 from waveos.sched.orders import ORDER_PREEMPT, ORDER_RUN, ORDER_RUN_NOW, ORDER_TIMER, ORDERS
-from waveos.sched.records import DECISION, KICKED, MAX_CPUS, MAX_THREADS, MESSAGE, OUTCOME, PREEMPT, SUBSYSTEM, Decision, Message
+from waveos.sched.records import DECISION, KICKED, MAX_CPUS, MAX_THREADS, MESSAGE, PREEMPT, SUBSYSTEM, Decision, Message
 
 DEPTH = 4
 """Most decisions outstanding on one CPU."""
 OUT = 4_096
 """Decisions of one batch."""
+NEVER = 1 << 62
 RETURNS = 256
 """Decisions of one batch that may find their CPU full."""
 
@@ -86,12 +88,14 @@ CPU = np.dtype(
         ("seq", "u4"),
         ("running", "i4"),  # thread, -1: none
         ("staged", "i4"),  # decisions outstanding
+        ("live", "i4"),  # of them, those not made again elsewhere: threads with state STAGED and this CPU
         ("staged_tid", "i4", (DEPTH,)),
-        ("staged_kicked", "u1", (DEPTH,)),
+        ("kicked", "u1"),  # its doorbell was rung, and no outcome has come since
         ("present", "u1"),
         ("idle", "u1"),  # says so itself
         ("taken", "u1"),  # by a higher class
         ("preempting", "u1"),  # the next decision for it replaces what runs
+        ("expired", "u1"),  # timer_expired was called for this setting of the timer
         ("ordered", "u1"),  # a preemption is on its way
     ],
     align=True,
@@ -127,6 +131,11 @@ RUNTIME = np.dtype(
         ("redelivered", "i8"),  # threads that came back after a failed transaction
         ("unserved", "i8"),  # batches after which a CPU idled while the policy held a thread
         ("next_restage", "i8"),
+        ("idle", "i8"),  # CPUs that say they are idle
+        ("live", "i8"),  # decisions on their way, all CPUs
+        ("preempting", "i8"),  # some CPU's next decision replaces what runs there
+        ("next_timer_ns", "i8"),  # no timer that is not past is due before
+        ("timers_past", "i8"),  # some timer may be past
         ("returned", "i8"),
         ("returned_tid", "i8", (RETURNS,)),  # threads whose decision found no room; offered again when the batch ends
         ("msg", MESSAGE),  # what a handler is given
@@ -152,7 +161,7 @@ def make_runtime(bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: 
     runtime["state_at"], runtime["initial_at"], runtime["state_bytes"] = bound.state_address, bound.initial.ctypes.data, bound.state.nbytes
     runtime["msg_at"], runtime["orders_at"] = runtime["msg"].ctypes.data, runtime["orders"].ctypes.data
     runtime["cpus"], runtime["threads"], runtime["ahead"], runtime["conserving"] = cpus, threads, ahead, bound.policy.work_conserving
-    runtime["cpu"]["running"] = -1
+    runtime["cpu"]["running"], runtime["next_timer_ns"] = -1, NEVER
     return runtime
 
 
@@ -223,32 +232,25 @@ def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
             return
         rt.returned_tid[rt.returned] = tid
         rt.returned += 1
+        c.live += 1
+        rt.live += 1
         t.state, t.cpu = STAGED, cpu
         return
     flags = 0
     if (now or c.preempting) and c.running >= 0:
         flags = PREEMPT | KICKED
         c.ordered = 1
-    elif c.idle and c.staged == 0:
+    elif c.idle and not c.kicked:
         flags = KICKED
+    if flags:
+        c.kicked = 1
     c.preempting = 0
     c.staged_tid[c.staged] = tid
-    c.staged_kicked[c.staged] = flags != 0
     c.staged += 1
+    c.live += 1
+    rt.live += 1
     t.state, t.cpu = STAGED, cpu
     _emit(rt, RUN, tid, cpu, flags)
-
-
-@jit
-def _live(rt: Any, cpu: int) -> Any:
-    """Decisions outstanding on `cpu` that have not been made again elsewhere."""
-    c = rt.cpu[cpu]
-    n = 0
-    for i in range(c.staged):
-        t = rt.thread[c.staged_tid[i]]
-        if t.state == STAGED and t.cpu == cpu:
-            n += 1
-    return n
 
 
 @jit
@@ -277,13 +279,15 @@ def _apply(rt: Any) -> None:
                 rt.dropped += 1
         elif op == ORDER_PREEMPT:
             if c.running >= 0 and not c.ordered:
-                if _live(rt, cpu):
-                    c.ordered = 1
+                if c.live:
+                    c.ordered = c.kicked = 1
                     _emit(rt, YIELD_CPU, -1, cpu, PREEMPT | KICKED)
                 else:
-                    c.preempting = 1
+                    c.preempting = rt.preempting = 1
         elif op == ORDER_TIMER:
-            c.timer_ns = orders.at_ns[i]
+            c.timer_ns, c.expired = orders.at_ns[i], 0
+            if c.timer_ns:
+                rt.next_timer_ns = min(rt.next_timer_ns, c.timer_ns)
 
 
 @jit
@@ -315,6 +319,9 @@ def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, tim
     """Put a runnable thread into the policy's hands, once."""
     t = rt.thread[tid]
     if t.state != RUNNABLE:
+        if t.state == STAGED:
+            rt.cpu[t.cpu].live -= 1
+            rt.live -= 1
         t.state = RUNNABLE
         rt.waiting += 1
     if not t.held:
@@ -325,11 +332,22 @@ def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, tim
 
 
 @jit
+def _set_idle(rt: Any, cpu: int, idle: int) -> None:
+    """The CPU says that it is idle, or that it no longer is."""
+    c = rt.cpu[cpu]
+    rt.idle += idle - c.idle
+    c.idle = idle
+
+
+@jit
 def _leave(rt: Any, tid: int, state: int) -> None:
     """The thread can no longer run."""
     t = rt.thread[tid]
     if t.state == RUNNABLE:
         rt.waiting -= 1
+    elif t.state == STAGED:
+        rt.cpu[t.cpu].live -= 1
+        rt.live -= 1
     t.state = state
 
 
@@ -346,6 +364,7 @@ def _settle_outcome(rt: Any, m: Any) -> None:
     """One outcome."""
     tid, cpu, outcome = int(m.tid), int(m.cpu), int(m.outcome)
     c = rt.cpu[cpu]
+    c.kicked = 0
     if tid < 0:  # of a YIELD_CPU
         if outcome != COMMITTED:
             c.ordered = 0
@@ -353,16 +372,16 @@ def _settle_outcome(rt: Any, m: Any) -> None:
     found = False
     for i in range(c.staged):
         if found:
-            c.staged_tid[i - 1], c.staged_kicked[i - 1] = c.staged_tid[i], c.staged_kicked[i]
+            c.staged_tid[i - 1] = c.staged_tid[i]
         elif c.staged_tid[i] == tid:
             found = True
     c.staged -= found
     t = rt.thread[tid]
     if outcome == COMMITTED:
-        if t.state == RUNNABLE:
-            rt.waiting -= 1
-        t.seq, t.state, t.cpu = m.seq, RUNNING, cpu
-        c.running, c.seq, c.idle, c.ordered, c.preempting, c.timer_ns = tid, m.cpu_seq, 0, 0, 0, 0
+        _leave(rt, tid, RUNNING)
+        t.seq, t.cpu = m.seq, cpu
+        c.running, c.seq, c.ordered, c.preempting, c.timer_ns = tid, m.cpu_seq, 0, 0, 0
+        _set_idle(rt, cpu, 0)
         _deliver(rt, THREAD_RUNNING, tid, cpu, 0, 0, m.time_ns)
     else:
         c.ordered = 0
@@ -383,8 +402,8 @@ def _reset(rt: Any) -> None:
         t.state, t.held = ABSENT, 0
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
-        c.timer_ns, c.running, c.staged, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0
-    rt.waiting = rt.returned = 0
+        c.timer_ns, c.running, c.staged, c.live, c.kicked, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
+    rt.waiting = rt.returned = rt.idle = rt.live = rt.preempting = 0
 
 
 @jit
@@ -400,19 +419,72 @@ def _ask(rt: Any, cpu: int, ahead: int) -> bool:
 
 
 @jit
+def _last_live(rt: Any, cpu: int) -> Any:
+    """The thread staged last on `cpu` and not elsewhere since; -1: none."""
+    c = rt.cpu[cpu]
+    for i in range(c.staged - 1, -1, -1):
+        t = rt.thread[c.staged_tid[i]]
+        if t.state == STAGED and t.cpu == cpu:
+            return int(c.staged_tid[i])
+    return -1
+
+
+@jit
 def _restage(rt: Any, cpu: int) -> None:
     """Offer a thread that is staged behind a busy CPU to `cpu`, which is idle: decide it again there."""
     for i in range(rt.cpus):
         other = (rt.next_restage + i) % rt.cpus
         o = rt.cpu[other]
-        if o.staged and o.running >= 0 and not o.ordered:
-            tid = int(o.staged_tid[o.staged - 1])
-            t = rt.thread[tid]
-            if t.state == STAGED and t.cpu == other:
+        if o.live and o.running >= 0 and not o.ordered:
+            tid = _last_live(rt, other)
+            if tid >= 0:
                 rt.restaged += 1
                 rt.next_restage = other + 1
+                o.live -= 1
+                rt.live -= 1
                 _stage(rt, tid, cpu, False)
                 return
+
+
+@jit
+def _expire_timers(rt: Any) -> None:
+    """Call timer_expired for every CPU whose timer is past, and find the next that will be."""
+    rt.next_timer_ns, rt.timers_past = NEVER, 0
+    for cpu in range(rt.cpus):
+        c = rt.cpu[cpu]
+        if c.timer_ns and c.running >= 0:
+            if c.timer_ns <= rt.now_ns and not c.ordered and (rt.waiting or not c.expired):
+                c.expired = 1
+                _deliver(rt, TIMER_EXPIRED, int(c.running), cpu, 0, 0, rt.now_ns)
+            if c.timer_ns <= rt.now_ns:
+                rt.timers_past = 1
+            else:
+                rt.next_timer_ns = min(rt.next_timer_ns, c.timer_ns)
+
+
+@jit
+def _serve_idle(rt: Any) -> None:
+    """Ask for every CPU that is idle with nothing on its way, or whose thread is to be replaced."""
+    rt.preempting = 0
+    declined = False
+    for cpu in range(rt.cpus):
+        c = rt.cpu[cpu]
+        if not c.present or c.taken:
+            continue
+        if c.preempting and rt.waiting:
+            _ask(rt, cpu, 0)
+        c.preempting = 0
+        if c.idle:
+            if c.live == 0:
+                if rt.waiting and not _ask(rt, cpu, 0):
+                    declined = True
+                if rt.waiting == 0 and rt.live and c.live == 0 and rt.conserving:
+                    _restage(rt, cpu)
+            elif not c.kicked:
+                c.kicked = 1
+                _emit(rt, KICK, -1, cpu, KICKED)
+    if declined and rt.waiting and rt.conserving:
+        rt.unserved += 1
 
 
 @jit
@@ -424,35 +496,17 @@ def _settle_batch(rt: Any, now_ns: int) -> None:
         tid = int(rt.returned_tid[i])
         if rt.thread[tid].state == STAGED:
             _offer(rt, tid, int(rt.thread[tid].cpu), TXN_FAILED, 1, CONGESTED, rt.now_ns)
-    for cpu in range(rt.cpus):
-        c = rt.cpu[cpu]
-        if c.timer_ns and c.timer_ns <= rt.now_ns and c.running >= 0 and not c.ordered:
-            _deliver(rt, TIMER_EXPIRED, int(c.running), cpu, 0, 0, rt.now_ns)
-    idle_left = False
-    for cpu in range(rt.cpus):
-        c = rt.cpu[cpu]
-        if not c.present or c.taken:
-            continue
-        if c.preempting and rt.waiting:
-            _ask(rt, cpu, 0)
-        c.preempting = 0
-        if c.idle:
-            if c.staged == 0:
-                if rt.waiting and not _ask(rt, cpu, 0):
-                    idle_left = True
-                if c.staged == 0 and rt.waiting == 0 and rt.conserving and rt.ahead:
-                    _restage(rt, cpu)
-            elif not c.staged_kicked[0]:
-                c.staged_kicked[0] = 1
-                _emit(rt, KICK, -1, cpu, KICKED)
-    if idle_left and rt.waiting and rt.conserving:
-        rt.unserved += 1
-    for cpu in range(rt.cpus):
-        if rt.waiting == 0:
-            break
-        c = rt.cpu[cpu]
-        if c.running >= 0 and not c.taken and c.staged < DEPTH - 1 and _live(rt, cpu) < rt.ahead:
-            _ask(rt, cpu, 1)
+    if (rt.timers_past and rt.waiting) or rt.next_timer_ns <= rt.now_ns:
+        _expire_timers(rt)
+    if rt.preempting or (rt.idle and (rt.waiting or rt.live)):
+        _serve_idle(rt)
+    if rt.ahead and rt.waiting:
+        for cpu in range(rt.cpus):
+            c = rt.cpu[cpu]
+            if c.running >= 0 and not c.taken and c.live < rt.ahead and c.staged < DEPTH - 1:
+                _ask(rt, cpu, 1)
+                if rt.waiting == 0:
+                    break
 
 
 @jit
@@ -501,12 +555,15 @@ def feed(rt: Any, m: Any) -> Any:
         if kind == CPU_NEW:
             c.present, c.seq, c.running = 1, m.cpu_seq, tid
             if tid >= 0:
-                rt.thread[tid].state, rt.thread[tid].cpu = RUNNING, cpu
+                _leave(rt, tid, RUNNING)
+                rt.thread[tid].cpu = cpu
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         elif kind == CPU_IDLE:
-            c.idle, c.running, c.seq = 1, -1, m.cpu_seq
+            c.running, c.seq = -1, m.cpu_seq
+            _set_idle(rt, cpu, 1)
         elif kind == CPU_TAKEN:
-            c.idle, c.taken = 0, 1
+            c.taken, c.kicked = 1, 0
+            _set_idle(rt, cpu, 0)
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         elif kind == CPU_BACK:
             c.taken = 0

@@ -44,5 +44,5 @@ def preempt(txns: Any, cpu: int) -> None:
 
 @jitable
 def set_timer(txns: Any, cpu: int, at_ns: int) -> None:
-    """Have timer_expired called for `cpu` from host time `at_ns` on, after every batch until it is set again or another thread runs there."""
+    """Have timer_expired called for `cpu` once host time is `at_ns`, and after each batch in which a thread waits, until set again or the thread changes."""
     _order(txns, ORDER_TIMER, -1, cpu, at_ns)

@@ -37,7 +37,7 @@ class Message(IntEnum):
     CPU_TAKEN = 10, "a higher class of the kernel took msg.cpu"
     CPU_BACK = 11, "msg.cpu is the enclave's again"
     TICK = 12, "the host's timer tick on msg.cpu"
-    TIMER_EXPIRED = 13, "the timer set for msg.cpu is past (level-triggered until it is set again)"
+    TIMER_EXPIRED = 13, "the timer set for msg.cpu is past; comes again after each batch in which a thread waits, until it is set again"
     TXN_FAILED = 14, "a decision was not committed: msg.outcome says why; without a handler the thread comes as thread_runnable, front=1"
     AFFINITY_CHANGED = 15, "the thread's affinity changed"
     PRIORITY_CHANGED = 16, "the thread's priority changed"
