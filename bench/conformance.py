@@ -1,0 +1,157 @@
+"""Does every policy decide the same in every world: a recorded stream replayed through each link, compiled and as plain Python.
+
+The stream is what the emulator feeds the policy under a load with preemptions, batch ends included; its decisions are first made without any link. Then the
+same bytes go through the virtual link and, to a real agentd process, through shared memory, each with WAVE_JIT=1 and 0. `identical_share` is the share of these
+runs, four a policy, whose decisions are the same byte for byte. The stream ends with a resynchronisation that makes known decisions, so that a decision
+too many is seen as well as one too few.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from waveos import ring
+from waveos.bench.machine import describe_machine
+from waveos.errors import ConfigError, WaveError
+from waveos.link import MESSAGES, open_link
+from waveos.memory import CoherentMemory
+from waveos.policy import load_policy, policy_names
+from waveos.record import VERSION
+from waveos.sched.records import DECISION, MESSAGE, SUBSYSTEM, Message
+from waveos.testing import Replayed, interpreted
+
+OPTIONS = {
+    "seed": (1, "of the load that is recorded"),
+    "messages": (100_000, "messages of each policy's stream; batch ends are not counted"),
+    "policies": ("", "some policies only, with commas between; by default all that are installed"),
+    "quick": (False, "streams of 5,000 messages: for CI"),
+}
+QUICK_MESSAGES = 5_000
+CPUS, THREADS, AHEAD = 8, 512, 1
+LOAD_PER_S = 120_000
+WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://"}
+CHUNK = 1_024
+SILENCE_S = 30.0
+"""An agent that answers nothing for so long is taken not to go on."""
+
+
+def run(seed: int = 1, messages: int = 100_000, policies: str = "", quick: bool = False) -> dict[str, Any]:
+    """Record, replay and compare. Raises ConfigError on impossible options, PolicyError when a policy fails, LinkError when an agent dies."""
+    names = [name.strip() for name in policies.split(",") if name.strip()] or policy_names()
+    count = min(messages, QUICK_MESSAGES) if quick else messages
+    if count < 100:
+        raise ConfigError(f"messages {count}: at least 100")
+    runs: dict[str, bool] = {}
+    decisions = 0
+    for name in names:
+        stream = _with_end(record_stream(name, count, seed))
+        expected = Replayed(load_policy(name), CPUS, THREADS, AHEAD).feed(stream)
+        decisions += len(expected)
+        for world in WORLDS:
+            for form, context in (("compiled", contextlib.nullcontext), ("plain Python", interpreted)):
+                with context():
+                    got = replay(world, name, stream, len(expected))
+                run_name = f"{name}, {world}, {form}"
+                runs[run_name] = got.tobytes() == expected.tobytes()
+                print(f"{run_name}: {'identical' if runs[run_name] else describe_difference(got, expected)}", file=sys.stderr)
+    metrics = {
+        "policies": len(names),
+        "worlds": len(WORLDS),
+        "identical_share": sum(runs.values()) / len(runs),
+        "runs": len(runs),
+        "messages": count,
+        "decisions": decisions,
+    }
+    return {"name": "conformance", "metrics": metrics, "machine": describe_machine(), "timing": "none", "verdict": _conclude(runs, metrics)}
+
+
+def _conclude(runs: dict[str, bool], metrics: dict[str, Any]) -> str:
+    """One line: whether all are the same, or which is not."""
+    other = [name for name, same in runs.items() if not same]
+    if other:
+        return f"does not reach what was asked: decisions differ in {len(other)} of {len(runs)} runs: {'; '.join(other)}"
+    return (
+        f"reaches what was asked: {metrics['decisions']} decisions on {metrics['messages']} messages a policy, the same bytes in all {len(runs)} runs"
+    )
+
+
+def record_stream(policy: str, messages: int, seed: int) -> Any:
+    """The first `messages` messages, and the batch ends among them, that the emulator feeds `policy` under load, [n] MESSAGE."""
+    from waveos.ipu_emulator.sched import RequestClass, Service, Setup, simulate
+
+    classes = (
+        RequestClass("GET", Service("exponential", mean_ns=20_000), share=0.97, slo_ns=200_000),
+        RequestClass("RANGE", Service("fixed", fixed_ns=1_000_000), share=0.03, slo_ns=10_000_000, qos=1),
+    )
+    # A request is two messages at least, and a batch end follows each message at most.
+    duration_ns = round(1.2 * messages / 2 / LOAD_PER_S * 1e9)
+    setup = Setup(policy, LOAD_PER_S, classes, workers=CPUS, threads=THREADS, seed=seed, duration_ns=duration_ns, record=3 * messages + 1_000)
+    recorded = simulate(setup).record
+    assert recorded is not None
+    told = np.cumsum(recorded["type"] != Message.BATCH_END)
+    if not len(told) or told[-1] < messages:
+        raise WaveError(f"bench conformance: the load made {told[-1] if len(told) else 0} messages for {policy!r}, not {messages}")
+    return recorded[: int(np.searchsorted(told, messages)) + 1].copy()
+
+
+def _with_end(stream: Any) -> Any:
+    """The stream, and then a host that replays its state: one idle CPU, one thread that can run."""
+    end = np.zeros(6, MESSAGE)
+    end["version"], end["subsystem"], end["tid"], end["cpu"] = VERSION, SUBSYSTEM, -1, -1
+    end["type"] = Message.RESYNC, Message.CPU_NEW, Message.CPU_IDLE, Message.THREAD_NEW, Message.THREAD_RUNNABLE, Message.BATCH_END
+    end["cpu"][1:3], end["tid"][3:5] = 0, 0
+    end["seq"], end["time_ns"] = 1, stream["time_ns"].max() + 1
+    return np.concatenate([stream, end])
+
+
+def replay(world: str, policy: str, stream: Any, expected: int) -> Any:
+    """The decisions that an agent of that world makes on the stream, [n] DECISION: `expected` of them, or more, or fewer if it falls silent."""
+    url = WORLDS[world] if world == "virtual" else f"{WORLDS[world]}conformance-{os.getpid()}"
+    host: Any = open_link(url, side="host")
+    try:
+        host.start_wave_agent(policy, "--replay", "--cpus", str(CPUS), "--threads", str(THREADS), "--ahead", str(AHEAD))
+        host.await_agent(SILENCE_S)
+        pieces, sent, got = [np.zeros(0, DECISION)], 0, 0
+        heard_s = time.monotonic()
+        while sent < len(stream) or got < expected:
+            part = stream[sent : sent + min(CHUNK, _room(host))]
+            if len(part):
+                sent += host.send_messages(part)
+            taken = host.poll_txns(wait_ns=1_000_000)
+            if len(taken) or len(part):
+                heard_s = time.monotonic()
+            if len(taken):
+                pieces.append(taken.copy())
+                got += len(taken)
+            elif not host.peer_alive():
+                raise WaveError(f"bench conformance: the agent of {policy!r} in the world {world!r} ended early; what it said is above")
+            elif time.monotonic() > heard_s + SILENCE_S:
+                break
+        pieces.append(host.poll_txns().copy())
+        return np.concatenate(pieces)
+    finally:
+        host.close()
+
+
+def _room(host: Any) -> int:
+    """How many messages the link takes now."""
+    if hasattr(host, "room"):
+        return int(host.room(MESSAGES, CHUNK))
+    queue = host.queue(MESSAGES)
+    return int(ring.room(CoherentMemory(queue.memory), queue.own, CHUNK))
+
+
+def describe_difference(got: Any, expected: Any) -> str:
+    """Where two arrays of decisions part."""
+    n = min(len(got), len(expected))
+    differ = np.flatnonzero(got[:n] != expected[:n])
+    if len(differ):
+        first = int(differ[0])
+        return f"decision {first} of {len(expected)} is {got[first]}, not {expected[first]}"
+    return f"{len(got)} decisions, not {len(expected)}"
