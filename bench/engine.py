@@ -160,7 +160,7 @@ def simulate_offload(setup: Any, requests: int, seed: int) -> Timed:
 
 def _prepare_offload(name: str, policy: str, load: float) -> Any:
     """The engine's setup for a scenario with its policy on the IPU."""
-    from waveos.cli.experiment import gather_inputs
+    from waveos.cli.running import gather_inputs
     from waveos.ipu_emulator.experiment import capacity_per_s
     from waveos.ipu_emulator.job import Ask, Configuration, Job, setup_of
     from waveos.scenario import load_scenario

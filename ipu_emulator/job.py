@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 
 from waveos.errors import ConfigError
+from waveos.explain import explain_key
 from waveos.ipu_emulator.inputs import Arrivals, Inputs
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, load_host, load_link
 from waveos.names import nearest
-from waveos.scenario import RequestClass, Scenario, explain_key
+from waveos.scenario import RequestClass, Scenario
 
 if TYPE_CHECKING:
     from waveos.ipu_emulator import sched

@@ -1,0 +1,81 @@
+"""How commands give results: tables or JSON on stdout, files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from waveos.cli.terminal import print_json, print_table, stdout, talk
+from waveos.errors import ConfigError
+
+
+def give_results(results: Mapping[str, Any], out: Path | None, report: Path | None, as_json: bool, *, stopped: int | None = None) -> None:
+    """Results to stdout, and to the files that were asked for."""
+    keep_results(results, out, stopped=stopped)
+    if as_json:
+        print_json(results)
+    elif results["configs"]:
+        stdout().print(import_module("waveos.report.table").comparison_table(results))
+        for note in results["notes"]:
+            talk(f"note: {note}")
+    if report is not None and stopped is None:
+        import_module("waveos.report.html").write_report(results, report)
+        talk(f"report: {report}")
+
+
+def keep_results(results: Mapping[str, Any], out: Path | None, *, stopped: int | None) -> None:
+    """Write the results file; after Ctrl-C also where none was asked for, so that nothing measured is lost."""
+    measured = bool(results.get("configs") or any(each["configs"] for each in results.get("results", [])))
+    if out is None and stopped is not None and measured:
+        out = Path(f"{results['name']}-stopped.json")
+    if out is not None:
+        import_module("waveos.output").write_file(out, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=_as_number) + "\n")
+        talk(f"{'stopped; what was measured is kept in' if stopped else 'results:'} {out}")
+
+
+def _as_number(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse an output that cannot be written before anything long is run."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise ConfigError(f"cannot write {path}: it is a folder; name a file")
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no folder {path.resolve().parent}; make it first")
+
+
+def read_results(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; wants a results file as `wave compare SCENARIO --out {path}` writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no results file ({error}); is it cut off? `wave compare SCENARIO --out {path}` writes one") from None
+
+
+def print_sweep(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a combination and configuration: saturation where it was searched, else the latencies at each load."""
+    keys = list(rows[0]["set"]) if rows else []
+    lines = []
+    for row in rows:
+        for each in row["configs"]:
+            named = [json.dumps(row["set"][key]).strip('"') for key in keys] + [each["id"]]
+            if each["saturation_per_s"] is not None:
+                lines.append(
+                    [*named, f"{each['saturation_per_s']:,.0f}", f"{each['saturation_low_per_s']:,.0f}..{each['saturation_high_per_s']:,.0f}", ""]
+                )
+            else:
+                lines += [[*named, f"{point['load_per_s']:,.0f}", "", _latencies(point)] for point in each["points"]]
+    searched = any(each["saturation_per_s"] is not None for row in rows for each in row["configs"])
+    names = [*keys, "configuration", "saturation/s" if searched else "load/s", "95 %" if searched else "", "" if searched else "p50/p99/p99.9 us"]
+    kept = [index for index, name in enumerate(names) if name]
+    print_table([names[index] for index in kept], [[line[index] for index in kept] for line in lines], numbers=[names[len(keys) + 1]])
+
+
+def _latencies(point: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name} {of['p50_us']:.1f}/{of['p99_us']:.1f}/{of['p999_us']:.1f}" for name, of in point["classes"].items() if of["count"])
