@@ -456,6 +456,7 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     now = now_ns + cost.entry_ns
     before = now
     now = _send(m, THREAD_BLOCKED, tid, cpu, 0, now)
+    t.ready_ns = now
     m.link_stall_ns += now - before
     c.tid = -1
     _next_thread(m, cpu, now, now_ns)
@@ -564,7 +565,7 @@ def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: 
     tid = int(m.free[m.free_head % m.threads])
     m.free_head += 1
     t = m.thread[tid]
-    begin = max(at_ns, m.waker_free_ns)
+    begin = max(at_ns, m.waker_free_ns, t.ready_ns)  # not before the thread is known to have blocked
     now = begin + cost.wake_ns
     t.seq += 1
     t.state = RUNNABLE

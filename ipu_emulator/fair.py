@@ -10,7 +10,7 @@ groups, lag and deadlines of EEVDF, migration costs, NUMA.
 from waveos import sched
 from waveos.policy import Param, Policy, heap_key, heap_pop, heap_push, heaps, jitable, per_cpu, per_thread, size
 
-CPUS = 256
+CPUS = 128
 
 
 @jitable

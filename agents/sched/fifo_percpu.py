@@ -1,13 +1,13 @@
 from waveos import sched
 from waveos.policy import Policy, array, per_thread, pop, push, rings, size
 
-CPUS = 256
+CPUS = 64
 
 
 class FifoPerCpu(Policy, subsystem=sched, name="fifo_percpu", work_conserving=False):
     """A queue for every CPU: a thread is given a CPU when it first runs, by turns, and stays there (ghOSt's per-CPU FIFO)."""
 
-    runq = rings(CPUS, 65_536)
+    runq = rings(CPUS, 16_384)
     home = per_thread()  # CPU + 1; 0: none yet
     turn = array(1)
 

@@ -43,7 +43,7 @@ class Bound:
 
     policy: type[Policy]
     state: np.ndarray[Any, Any]  # one structured record: parameters, `cpus`, declared state
-    initial: np.ndarray[Any, Any]  # what `state` is after a resync
+    initial: np.ndarray[Any, Any]  # the bytes of `state` that are not zero at first: parameters and `cpus`
     address: int
     handlers: int  # bit t set: there is a handler for message type t
     keep: Any  # what the address points into
@@ -85,13 +85,18 @@ def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
     else:
         keep = _interpret(policy, dtype, failure)
         address = int(ctypes.cast(keep, ctypes.c_void_p).value or 0)
-    return Bound(policy, state, state.copy(), address, handlers, keep, failure, fingerprint)
+    return Bound(policy, state, state.view(np.uint8)[: _head_bytes(policy, dtype)].copy(), address, handlers, keep, failure, fingerprint)
 
 
 def _state_dtype(policy: type[Policy]) -> np.dtype[Any]:
     """`cpus`, the parameters as float64, then the declared state."""
     scalars = [("cpus", "i8"), *((name, "f8") for name in policy.params)]
     return np.dtype([*scalars, *policy.fields.items()], align=True)
+
+
+def _head_bytes(policy: type[Policy], dtype: np.dtype[Any]) -> int:
+    """Where the declared state begins, which is zero at first."""
+    return min((int(dtype.fields[name][1]) for name in policy.fields), default=dtype.itemsize)  # type: ignore[index]
 
 
 def _handler_name(policy: type[Policy], code: int) -> str:

@@ -107,8 +107,9 @@ RUNTIME = np.dtype(
         ("dispatch", "i8"),
         ("handlers", "i8"),  # bit t: the policy handles type t
         ("state_at", "i8"),  # addresses: of the policy's state,
-        ("initial_at", "i8"),  # of the same as it was at first,
         ("state_bytes", "i8"),
+        ("initial_at", "i8"),  # of its first bytes as they were at first; the others were zero
+        ("initial_bytes", "i8"),
         ("msg_at", "i8"),  # of what a handler is given,
         ("orders_at", "i8"),  # and of what it answers
         ("watch", "i8"),  # address of a word that shows which handler runs; 0: none
@@ -158,7 +159,8 @@ def make_runtime(bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: 
         raise ValueError(f"cpus {cpus} of 1..{MAX_CPUS}, threads {threads} of 1..{MAX_THREADS}, ahead {ahead} of 0..{DEPTH - 1}")
     runtime = np.zeros(1, RUNTIME) if into is None else into
     runtime["dispatch"], runtime["handlers"], runtime["watch"] = bound.address, bound.handlers, watch
-    runtime["state_at"], runtime["initial_at"], runtime["state_bytes"] = bound.state_address, bound.initial.ctypes.data, bound.state.nbytes
+    runtime["state_at"], runtime["state_bytes"] = bound.state_address, bound.state.nbytes
+    runtime["initial_at"], runtime["initial_bytes"] = bound.initial.ctypes.data, bound.initial.nbytes
     runtime["msg_at"], runtime["orders_at"] = runtime["msg"].ctypes.data, runtime["orders"].ctypes.data
     runtime["cpus"], runtime["threads"], runtime["ahead"], runtime["conserving"] = cpus, threads, ahead, bound.policy.work_conserving
     runtime["cpu"]["running"], runtime["next_timer_ns"] = -1, NEVER
@@ -394,9 +396,8 @@ def _settle_outcome(rt: Any, m: Any) -> None:
 def _reset(rt: Any) -> None:
     """Forget everything: the host's state follows."""
     state = carray(as_pointer(rt.state_at), rt.state_bytes, np.uint8)
-    initial = carray(as_pointer(rt.initial_at), rt.state_bytes, np.uint8)
-    for i in range(rt.state_bytes):
-        state[i] = initial[i]
+    state[:] = 0
+    state[: rt.initial_bytes] = carray(as_pointer(rt.initial_at), rt.initial_bytes, np.uint8)
     for tid in range(rt.threads):
         t = rt.thread[tid]
         t.state, t.held = ABSENT, 0
