@@ -348,10 +348,19 @@ class Comparison:
             "service": {name: {"mean_us": mean / 1000} for name, mean in self._means.items()},
             "resolution_share": self.scenario.run.resolution_share,
             "interrupted": self.interrupted,
+            "table_load_per_s": self._table_load(),
             "configs": [self._describe(each) for each in ran],
             "ablation": list(self._ablation()),
             "notes": self._all_notes(),
         }
+
+    def _table_load(self) -> float | None:
+        """The load to compare latencies at: the highest of the grid at which half of the configurations meet the objective; None if there is none."""
+        for load in reversed(self.grid):
+            points = [of[load] for of in self._points.values() if load in of]
+            if points and 2 * sum(meets(point, self._limits) for point in points) >= len(points):
+                return load
+        return None
 
     def _saturation(self, configuration: Configuration) -> Search:
         found = self._saturations.setdefault(configuration, Saturation())

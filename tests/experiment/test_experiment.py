@@ -158,6 +158,16 @@ def test_points_rise_in_load_and_are_of_the_first_seed():
         assert {each["seed"] for each in config["points"]} == {7}
 
 
+def test_the_table_is_at_the_highest_load_that_half_of_the_configurations_serve():
+    assert compare(Engine())["table_load_per_s"] == 200_000
+
+    class Hopeless(Engine):
+        def limit(self, ask):
+            return 1e-9
+
+    assert compare(Hopeless())["table_load_per_s"] is None
+
+
 def test_without_a_search_only_the_given_loads_run():
     engine = Engine()
     results = compare(engine, saturation=False)
