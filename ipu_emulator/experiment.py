@@ -357,7 +357,7 @@ class Comparison:
     def _table_load(self) -> float | None:
         """The load to compare latencies at: the highest of the grid at which half of the configurations meet the objective; None if there is none."""
         for load in reversed(self.grid):
-            points = [of[load] for of in self._points.values() if load in of]
+            points = [self._points[each][load] for each in self.configurations if load in self._points.get(each, {})]
             if points and 2 * sum(meets(point, self._limits) for point in points) >= len(points):
                 return load
         return None
