@@ -1,7 +1,7 @@
 """Conformance suites for the authors of policies and links; the project's own pass them too.
 
-    check_policy("my_policy.py")          # the laws hold under a hostile host; compiled and plain Python decide alike
-    check_link("shm://test")              # the same messages give the same decisions, byte for byte, through the link
+check_policy("my_policy.py")          # the laws hold under a hostile host; compiled and plain Python decide alike
+check_link("shm://test")              # the same messages give the same decisions, byte for byte, through the link
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def check_policy(policy: str | type[Policy], *, seeds: int = 5, steps: int = 2_0
             host.finish()
             with interpreted():
                 plain = Replayed(chosen, cpus, threads, ahead, dict(params)).feed(host.stream())
-            assert plain.tobytes() == host.decisions().tobytes(), f"policy {chosen.name!r}, seed {seed}: plain Python and compiled code decide differently"
+            assert plain.tobytes() == host.decisions().tobytes(), (
+                f"policy {chosen.name!r}, seed {seed}: plain Python and compiled code decide differently"
+            )
 
 
 def record_stream(policy: str | type[Policy], *, seed: int = 0, steps: int = 2_000, cpus: int = 4, threads: int = 32) -> tuple[Records, Records]:
@@ -164,7 +166,13 @@ class HostileHost:
 
     def play(self, steps: int) -> None:
         """Do `steps` random things."""
-        acts = [self._wake] * 6 + [self._block] * 4 + [self._ring] * 4 + [self._batch] * 6 + [self._preempt, self._take, self._give_back, self._kill]
+        acts = (
+            [self._wake] * 6
+            + [self._block] * 4
+            + [self._ring] * 4
+            + [self._batch] * 6
+            + [self._preempt, self._take, self._give_back, self._kill, self._rest]
+        )
         for _ in range(steps):
             self.now_ns += self.random.randrange(1, 20_000)
             self.random.choice(acts)()
@@ -176,18 +184,25 @@ class HostileHost:
                 self._give_back()
         for _ in range(50 * self.agent.threads + 200):
             self.now_ns += 1_000_000
-            self._come_to_rest()
-            waiting = [tid for tid, state in enumerate(self.where) if state == "runnable"]
-            if self.agent.policy.work_conserving:
-                idle = [cpu for cpu, tid in enumerate(self.running) if tid < 0 and not self.taken[cpu]]
-                assert not (waiting and idle), f"policy {self.agent.policy.name!r}: threads {waiting} wait while CPUs {idle} idle"
+            waiting = self._rest()
             if not waiting and all(tid < 0 for tid in self.running):
                 return
             for cpu, tid in enumerate(self.running):
-                if tid >= 0:
+                if tid >= 0 and self.random.random() < 0.5:  # not all at once, or nothing would ever wait behind a busy CPU beside an idle one
                     self._vacate(cpu, Message.THREAD_BLOCKED)
         lost = [tid for tid, state in enumerate(self.where) if state == "runnable"]
         raise AssertionError(f"policy {self.agent.policy.name!r}: threads {lost} never got a CPU")
+
+    def _rest(self) -> list[int]:
+        """Threads that wait once all is delivered; none may while a CPU idles, but for those whose decision a CPU holds that is taken from it."""
+        self._come_to_rest()
+        waiting = [tid for tid, state in enumerate(self.where) if state == "runnable"]
+        if self.agent.policy.work_conserving:
+            held = {int(decision["tid"]) for cpu, pending in enumerate(self.pending) if self.taken[cpu] for decision in pending}
+            free = [tid for tid in waiting if tid not in held]
+            idle = [cpu for cpu, tid in enumerate(self.running) if tid < 0 and not self.taken[cpu]]
+            assert not (free and idle), f"policy {self.agent.policy.name!r}: threads {free} wait while CPUs {idle} idle"
+        return waiting
 
     def _come_to_rest(self) -> None:
         """Deliver everything, both ways, until nothing changes; bounded, since policies may preempt at every look."""
