@@ -321,7 +321,7 @@ def _stream(up: Any, up_own: Any, records: Any, n: int) -> None:
 
 
 class _Host:
-    """The compiled host's records: CPU 0 idles, the others run a thread each; thread 0 comes and goes, thread 1 wakes and blocks while nobody has time for it."""
+    """The compiled host's records: CPU 0 idles, the others run a thread each; thread 0 comes and goes, and thread 1 is the stream's: it wakes and blocks."""
 
     def __init__(self, link: ShmLink, cpus: int) -> None:
         self.rings = link.messages_memory, link.messages_own, link.txns_memory, link.txns_own

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from waveos.errors import ConfigError
 from waveos.names import nearest
+from waveos.paths import cache_dir
 from waveos.record import RECORD_WORDS
 
 MITIGATIONS = ("wb", "wc_wt", "prestage", "prefetch")
@@ -156,6 +157,11 @@ Kind = TypeVar("Kind", LinkProfile, HostProfile)
 _DATA = Path(__file__).parent / "data"
 
 
+def user_profiles(folder: str) -> Path:
+    """Where this user's own profiles are, those of `wave calibrate`: `folder` is "links" or "hosts"."""
+    return cache_dir("profiles") / folder
+
+
 def profile_names(folder: str) -> list[str]:
     """Names of the shipped profiles: `folder` is "links" or "hosts"."""
     return sorted(path.stem for path in (_DATA / folder).glob("*.toml"))
@@ -173,10 +179,14 @@ def load_host(name: str, base: Path | None = None) -> HostProfile:
 
 def _load(kind: type[Kind], folder: str, name: str, base: Path | None) -> Kind:
     path = _DATA / folder / f"{name}.toml"
+    if not path.is_file():
+        path = user_profiles(folder) / f"{name}.toml"
     if name.endswith(".toml"):
         path = Path(name) if base is None else base / name
     if not path.is_file():
         known = profile_names(folder)
+        if name == "this-machine":
+            raise ConfigError(f"no {folder[:-1]} profile 'this-machine' yet: run `wave calibrate`, which measures it")
         raise ConfigError(f"no {folder[:-1]} profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}; or give a path ending in .toml")
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text())
