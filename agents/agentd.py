@@ -38,9 +38,7 @@ def run_agent(
     try:
         up, down = link.queue(MESSAGES), link.queue(TXNS)
         while True:
-            status = serve(
-                up.memory, up.own, down.memory, down.own, runtime, out_words, inbox, inbox.view(np.int64), replay, clock_ns() + SLICE_NS
-            )
+            status = serve(up.memory, up.own, down.memory, down.own, runtime, out_words, inbox, inbox.view(np.int64), replay, clock_ns() + SLICE_NS)
             if status == POLICY_FAILED:
                 raise failure(runtime, bound)
             try:

@@ -35,7 +35,18 @@ def _send_decisions(txns: Any, own: Any, rt: Any, out_words: Any, until_ns: int)
 
 
 @jit
-def serve(messages: Any, messages_own: Any, txns: Any, txns_own: Any, runtime: Any, out_words: Any, inbox: Any, inbox_words: Any, replay: bool, until_ns: int) -> Any:
+def serve(
+    messages: Any,
+    messages_own: Any,
+    txns: Any,
+    txns_own: Any,
+    runtime: Any,
+    out_words: Any,
+    inbox: Any,
+    inbox_words: Any,
+    replay: bool,
+    until_ns: int,
+) -> Any:
     """Serve a link until `until_ns` on the monotonic clock. Returns SLICE_OVER or POLICY_FAILED.
 
     messages, txns: the rings' words, with this side's positions; runtime: [1] RUNTIME and the words of its `out`; inbox: [1] MESSAGE and its words.

@@ -28,7 +28,9 @@ TRACE_MS = 5.0
 
 def main(arguments: list[str]) -> int | None:
     """Run the demo with these flags; returns an exit code, None for success."""
-    parser = argparse.ArgumentParser(prog="wave demo", description="Measure a real RocksDB here, then see what moving its scheduling to an IPU costs and saves.")
+    parser = argparse.ArgumentParser(
+        prog="wave demo", description="Measure a real RocksDB here, then see what moving its scheduling to an IPU costs and saves."
+    )
     parser.add_argument("--quick", action="store_true", help="fewer load points and shorter runs; for a look, not for figures")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for results, report and trace (default: out)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="override a key of the scenario")
@@ -68,7 +70,12 @@ def _show_service_times(scenario: Scenario) -> None:
     for name, values in (("GET", times.get_ns), ("RANGE", times.range_ns)):
         p50, p99 = (float(v) / 1_000 for v in _quantiles(values))
         rows.append((name, f"{len(values):,}", f"{values.mean() / 1_000:,.1f}", f"{p50:,.1f}", f"{p99:,.1f}"))
-    print_table(("request", "samples", "mean µs", "p50 µs", "p99 µs"), rows, title="service times, measured", numbers=("samples", "mean µs", "p50 µs", "p99 µs"))
+    print_table(
+        ("request", "samples", "mean µs", "p50 µs", "p99 µs"),
+        rows,
+        title="service times, measured",
+        numbers=("samples", "mean µs", "p50 µs", "p99 µs"),
+    )
 
 
 def _quantiles(values: Any) -> Any:
@@ -79,7 +86,7 @@ def _quantiles(values: Any) -> Any:
 
 def _show_costs(scenario: Scenario) -> None:
     talk(f"2. what a policy costs for a message on one core of this machine, {describe_machine()['cpu']} (measured)")
-    costs = message_costs(scenario.policies.names)
+    costs = message_costs(scenario.policies.names, scenario.policies.params)
     print_table(("policy", "ns a message"), [(name, f"{cost:.0f}") for name, cost in costs.items()], numbers=("ns a message",))
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.sched import RequestClass, Service, Setup, simulate
+from waveos.jit import sources_hash
 from waveos.output import write_file
 from waveos.paths import cache_dir
 from waveos.policy import load_policy, policy_names
@@ -44,11 +45,19 @@ _CLASSES = (
 """ghOSt's RocksDB harness (specs: 10 us + Exp(1 us), 5 ms at 0.5 %): what the policies decide about while they are recorded."""
 
 
-def record_load(policy: str, messages: int, seed: int = 1) -> np.ndarray[Any, Any]:
+def record_load(policy: str, messages: int, seed: int = 1, params: Mapping[str, float] = {}) -> np.ndarray[Any, Any]:
     """[messages] MESSAGE: the stream that `policy` was fed on the emulated machine, batch ends included."""
     seconds = 0.2 + messages / (2.0 * _LOAD_PER_S)
     setup = Setup(
-        policy=policy, load_per_s=_LOAD_PER_S, classes=_CLASSES, workers=CPUS, threads=THREADS, duration_ns=int(seconds * 1e9), seed=seed, record=messages
+        policy=policy,
+        params=params,
+        load_per_s=_LOAD_PER_S,
+        classes=_CLASSES,
+        workers=CPUS,
+        threads=THREADS,
+        duration_ns=int(seconds * 1e9),
+        seed=seed,
+        record=messages,
     )
     recorded = simulate(setup).record
     assert recorded is not None
@@ -57,9 +66,9 @@ def record_load(policy: str, messages: int, seed: int = 1) -> np.ndarray[Any, An
     return recorded
 
 
-def replay_ns(policy: str, stream: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """Nanoseconds that the policy takes for the whole stream, and the decisions that it makes."""
-    bound = load_policy(policy).bind(n_cpus=CPUS)
+def replay_ns(policy: str, stream: np.ndarray[Any, Any], params: Mapping[str, float] = {}) -> tuple[int, int]:
+    """Nanoseconds of CPU time that the policy takes for the whole stream, and the decisions that it makes."""
+    bound = load_policy(policy).bind(n_cpus=CPUS, params=dict(params))
     runtime = make_runtime(bound, cpus=CPUS, threads=THREADS, ahead=1)
     out = np.zeros(len(stream) + 2 * OUT, DECISION)
     feed_all(runtime, stream[:0], 0, out)
@@ -71,8 +80,8 @@ def replay_ns(policy: str, stream: np.ndarray[Any, Any]) -> tuple[int, int]:
     return elapsed, int(decisions)
 
 
-def message_costs(policies: Iterable[str]) -> dict[str, float]:
-    """Nanoseconds a message for each policy, measured once on this machine and kept."""
+def message_costs(policies: Iterable[str], params: Mapping[str, Mapping[str, float]] = {}) -> dict[str, float]:
+    """Nanoseconds a message for each policy with its `params`, measured once on this machine and kept for as long as the code is the same."""
     path = cache_dir("measured") / "policy_costs.json"
     try:
         known: dict[str, float] = json.loads(path.read_text())
@@ -80,10 +89,11 @@ def message_costs(policies: Iterable[str]) -> dict[str, float]:
         known = {}
     costs, before = {}, len(known)
     for name in policies:
-        key = f"{describe_machine()['cpu']} {load_policy(name).bind(n_cpus=CPUS).fingerprint}"
+        given = dict(params.get(name, {}))
+        key = f"{describe_machine()['cpu']} {sources_hash()} {load_policy(name).bind(n_cpus=CPUS, params=given).fingerprint} {sorted(given.items())}"
         if key not in known:
-            stream = record_load(name, 50_000)
-            known[key] = round(median(replay_ns(name, stream)[0] for _ in range(5)) / len(stream), 2)
+            stream = record_load(name, 50_000, params=given)
+            known[key] = round(median(replay_ns(name, stream, given)[0] for _ in range(5)) / len(stream), 2)
         costs[name] = known[key]
     if len(known) != before:
         write_file(path, json.dumps(known, indent=1, sort_keys=True))

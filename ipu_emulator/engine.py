@@ -307,6 +307,9 @@ def _resync(m: Any, at_ns: int) -> None:
     now = max(at_ns, m.waker_free_ns)
     _write_note(m, RESYNC, -1, -1, 0, now)
     _enqueue(m, now)
+    for tid in range(m.threads):
+        if m.thread[tid].state != BLOCKED:
+            now = _send(m, THREAD_NEW, tid, -1, 0, now)
     for cpu in range(m.cpus):
         c = m.cpu[cpu]
         c.down_n = 0
@@ -314,11 +317,8 @@ def _resync(m: Any, at_ns: int) -> None:
         if c.state == IDLE:
             now = _send(m, CPU_IDLE, -1, cpu, 0, now)
     for tid in range(m.threads):
-        t = m.thread[tid]
-        if t.state == RUNNABLE or t.state == RUNNING:
-            if t.state == RUNNABLE:
-                now = _send(m, THREAD_NEW, tid, -1, 0, now)
-                now = _send(m, THREAD_RUNNABLE, tid, -1, 0, now)
+        if m.thread[tid].state == RUNNABLE:
+            now = _send(m, THREAD_RUNNABLE, tid, -1, 0, now)
     m.waker_free_ns = now + cost.flush_ns
 
 

@@ -6,6 +6,7 @@ This module is light, so that the parent of the processes is; the engine is impo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,10 +69,11 @@ class Job:
 
 @dataclass(frozen=True)
 class CostJob:
-    """Call `MODULE:FUNCTION(policies)` in a child, so that the parent loads nothing for it: what the policies' messages cost on this machine."""
+    """Call `MODULE:FUNCTION(policies, params)` in a child, so that the parent loads nothing for it: what the policies' messages cost on this machine."""
 
     measure: str
     policies: tuple[str, ...]
+    params: Mapping[str, Mapping[str, float]]
 
     @property
     def policy(self) -> str:
@@ -92,7 +94,7 @@ class OpenCostJob:
     def result(self) -> Any:
         """What the function says, ns by policy."""
         module, _, function = self._job.measure.partition(":")
-        return getattr(import_module(module), function)(self._job.policies)
+        return getattr(import_module(module), function)(self._job.policies, self._job.params)
 
 
 def open_job(job: Job | CostJob, handling: int) -> OpenJob | OpenCostJob:

@@ -127,7 +127,7 @@ MACHINE = np.dtype(
         ("trace_from_ns", "i8"),
         ("trace_until_ns", "i8"),
         ("record_n", "i8"),
-            ("cost", COSTS),
+        ("cost", COSTS),
         ("streams", "u8", (STREAMS,)),
         ("class_count", "i8"),
         ("samples_at", "i8"),  # addresses of arrays whose length is not fixed, and the lengths:

@@ -15,9 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from waveos.errors import ConfigError
-from waveos.ipu_emulator import arrivals
+from waveos.ipu_emulator import arrivals, fair
 from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
-from waveos.ipu_emulator.fair import Fair
 from waveos.ipu_emulator.clock import reset_clock
 from waveos.ipu_emulator.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
 from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
@@ -71,7 +70,10 @@ class RequestClass:
 
 @dataclass(frozen=True)
 class Setup:
-    """One run. `policy="kernel"` with placement "kernel" is the kernel's own scheduler. Times in ns; `message_ns` is the agent's service time for a message on a core of relative speed 1."""
+    """One run. `policy="kernel"` with placement "kernel" is the kernel's own scheduler.
+
+    Times in ns; `message_ns` is the agent's service time for a message on a core of relative speed 1.
+    """
 
     policy: str
     load_per_s: float
@@ -155,7 +157,7 @@ class Simulation:
         self.setup = setup
         self._check()
         cpus = setup.workers
-        policy = Fair if setup.placement == "kernel" and setup.policy == "kernel" else load_policy(setup.policy)
+        policy = fair.Fair if setup.placement == "kernel" and setup.policy == "kernel" else load_policy(setup.policy)
         self.bound = policy.bind(n_cpus=cpus, params=dict(setup.params))
         costs, prestage = self._costs()
         inline = setup.placement == "kernel"
@@ -197,10 +199,14 @@ class Simulation:
             raise ConfigError("no request class; at least one is needed")
         if setup.workers < 1 or setup.threads < 1 or setup.duration_ns < 1 or setup.warmup_ns < 0:
             raise ConfigError(f"workers {setup.workers}, threads {setup.threads}, duration {setup.duration_ns} ns: each must be at least 1")
+        if setup.placement == "kernel" and setup.policy == "kernel" and setup.workers > fair.CPUS:
+            raise ConfigError(f"{setup.workers} workers; the model of the kernel's own scheduler has at most {fair.CPUS} CPUs")
         if len(setup.classes) > MAX_CLASSES:
             raise ConfigError(f"{len(setup.classes)} request classes; at most {MAX_CLASSES}")
         if not 4 + 2 * setup.workers + 2 * setup.threads <= setup.queue <= UP:
-            raise ConfigError(f"a message queue of {setup.queue}; it must hold the host's state, {4 + 2 * setup.workers + 2 * setup.threads}, and at most {UP}")
+            raise ConfigError(
+                f"a message queue of {setup.queue}; it must hold the host's state, {4 + 2 * setup.workers + 2 * setup.threads}, and at most {UP}"
+            )
 
     def _costs(self) -> tuple[np.ndarray[Any, Any], bool]:
         setup = self.setup

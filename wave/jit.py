@@ -32,7 +32,15 @@ def _choose_cache() -> None:
     else:
         root = cache_dir("compiled")
     here = Path(__file__).resolve().parent
-    rooms = [here, here.parent / "agents", here.parent / "ipu_emulator", here.parent / "bench", here / "agents", here / "ipu_emulator", here / "bench"]
+    rooms = [
+        here,
+        here.parent / "agents",
+        here.parent / "ipu_emulator",
+        here.parent / "bench",
+        here / "agents",
+        here / "ipu_emulator",
+        here / "bench",
+    ]
     digest = hashlib.sha256(numba.__version__.encode())
     for path in sorted({path for room in rooms for path in room.rglob("*.py") if path.parent.name not in ("cli", "report")}):
         text = path.read_bytes()
@@ -50,6 +58,11 @@ def _choose_cache() -> None:
 _choose_cache()
 
 
+def sources_hash() -> str:
+    """The hash of everything that compiled code is made of."""
+    return Path(numba.config.CACHE_DIR).name
+
+
 def jit(function: F) -> F:
     """Compile without Python objects and without the GIL, once; the result is kept on disk beside the source."""
     compiled: F = njit(cache=True, nogil=True)(function)
@@ -65,6 +78,12 @@ def jitable(function: F) -> F:
 def jitable_inline(function: F) -> F:
     """As `jitable`, and copied into its caller before types are known."""
     plain: F = register_jitable(inline="always")(function)
+    return plain
+
+
+def jitable_checked(function: F) -> F:
+    """As `jitable`, for authors of policies: an index that is out of bounds raises, as in the handlers themselves."""
+    plain: F = register_jitable(boundscheck=True)(function)
     return plain
 
 

@@ -14,6 +14,10 @@ VERSION = 1
 RECORD_BYTES = 64
 RECORD_WORDS = RECORD_BYTES // 8
 HEADER_BYTES = 24
+MAX_THREADS = 65_536
+"""Threads of one enclave: `tid` is the enclave's own dense number, 0..MAX_THREADS-1; the host keeps the kernel's."""
+MAX_CPUS = 1_024
+"""CPUs of one enclave, numbered likewise."""
 
 HEADER: list[tuple[str, str]] = [
     ("mark", "<u4"),  # the ring's lap mark; 0 outside a ring

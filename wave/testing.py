@@ -252,6 +252,27 @@ class HostileHost:
                 self.pending[cpu].append(decision)
             self.rung[cpu] |= bool(decision["flags"] & KICKED)
 
+    def _resync(self) -> None:
+        """Messages are lost, at random one time in ten that this could happen: the host drops what is staged and replays its state."""
+        if self.random.random() < 0.9:
+            return
+        self._unsent.clear()
+        self._say(Message.RESYNC)
+        for tid, state in enumerate(self.where):
+            if state != "gone":
+                self._say(Message.THREAD_NEW, tid=tid)
+        for cpu, tid in enumerate(self.running):
+            self.pending[cpu].clear()
+            self.rung[cpu] = False
+            self._say(Message.CPU_NEW, tid=tid, cpu=cpu)
+            if self.taken[cpu]:
+                self._say(Message.CPU_TAKEN, cpu=cpu)
+            elif tid < 0:
+                self._say(Message.CPU_IDLE, cpu=cpu)
+        for tid, state in enumerate(self.where):
+            if state == "runnable":
+                self._say(Message.THREAD_RUNNABLE, tid=tid)
+
     def _check_tables(self) -> None:
         """What the runtime counts is what its tables hold."""
         runtime = self.agent.runtime[0]

@@ -65,7 +65,7 @@ def gather_inputs(scenario: Scenario, pool: Any = None) -> Any:
     job = import_module("waveos.ipu_emulator.job")
     files = {name: job.policy_file(scenario, name) for name in names}
     if pool is None:
-        costs = import_module("waveos.bench.policy").message_costs(files.values())
+        costs = import_module("waveos.bench.policy").message_costs(files.values(), _params(scenario, files))
     else:
         costs = _measured_costs(scenario, inputs.Inputs(samples, dict.fromkeys(names, 0.0), arrivals), files, pool)
     return inputs.Inputs(samples, {name: costs[file] for name, file in files.items()}, arrivals)
@@ -81,9 +81,14 @@ def _measured_costs(scenario: Scenario, inputs: Any, files: Mapping[str, str], p
             pool.submit(job.Job(short, inputs, job.Ask(configuration, experiment.capacity_per_s(scenario, inputs) / 2, 1)))
     for _ in pool.finished():
         pass
-    pool.submit(job.CostJob("waveos.bench.policy:message_costs", tuple(files.values())))
+    pool.submit(job.CostJob("waveos.bench.policy:message_costs", tuple(files.values()), _params(scenario, files)))
     [(_, costs)] = pool.finished()
     return costs
+
+
+def _params(scenario: Scenario, files: Mapping[str, str]) -> dict[str, Mapping[str, float]]:
+    """The scenario's parameters, by the name under which a policy is loaded."""
+    return {file: scenario.policies.params.get(name, {}) for name, file in files.items()}
 
 
 def _measured_samples(spec: str) -> Any:

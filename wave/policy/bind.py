@@ -25,8 +25,6 @@ from waveos.errors import PolicyError
 from waveos.jit import as_pointer, jit_wanted
 from waveos.output import write_file
 from waveos.paths import cache_dir
-from waveos.sched.orders import ORDERS
-from waveos.sched.records import MESSAGE
 
 if TYPE_CHECKING:
     from waveos.policy.policy import Policy
@@ -60,7 +58,7 @@ class Bound:
             return self.failure[-1]
         name = _handler_name(self.policy, int(message["type"][0]))
         try:
-            self.policy.handlers[name](_plain(self.state.copy()), _plain(message.copy()), _plain(np.zeros(1, ORDERS)))
+            self.policy.handlers[name](_plain(self.state.copy()), _plain(message.copy()), _plain(np.zeros(1, self.policy.subsystem.ORDERS)))
         except Exception as error:
             return _last_line(error)
         return "run it with WAVE_JIT=0 for the traceback"
@@ -105,7 +103,8 @@ def _handler_name(policy: type[Policy], code: int) -> str:
 
 def _dispatch_source(policy: type[Policy]) -> str:
     arms = "".join(
-        f"        {'elif' if i else 'if'} kind == {policy.subsystem.HANDLERS[name]}:\n            {name}(s, m, t)\n" for i, name in enumerate(policy.handlers)
+        f"        {'elif' if i else 'if'} kind == {policy.subsystem.HANDLERS[name]}:\n            {name}(s, m, t)\n"
+        for i, name in enumerate(policy.handlers)
     )
     return (
         f'"""Generated from policy {policy.name!r}."""\n\n'
@@ -122,8 +121,15 @@ def _compile(policy: type[Policy], dtype: np.dtype[Any], source: str, fingerprin
     path = cache_dir("policies") / f"{policy.name}_{fingerprint}.py"
     if not path.exists():
         write_file(path, source)
-    space: dict[str, Any] = {"__name__": __name__, "carray": carray, "as_pointer": as_pointer, "STATE": dtype, "MESSAGE": MESSAGE, "ORDERS": ORDERS}
-    space.update({name: njit(handler) for name, handler in policy.handlers.items()})
+    space: dict[str, Any] = {
+        "__name__": __name__,
+        "carray": carray,
+        "as_pointer": as_pointer,
+        "STATE": dtype,
+        "MESSAGE": policy.subsystem.MESSAGE,
+        "ORDERS": policy.subsystem.ORDERS,
+    }
+    space.update({name: njit(boundscheck=True)(handler) for name, handler in policy.handlers.items()})
     exec(compile(source, str(path), "exec"), space)  # the text just made above
     try:
         return cfunc(_SIGNATURE, cache=True)(space["dispatch"])
@@ -141,7 +147,9 @@ def _numba_says(error: NumbaError) -> str:
 
 def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str:
     """A hash of all that goes into the compiled code: the handlers, what they call, the records, numba's and this layout's version."""
-    digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {source} {dtype.descr} {MESSAGE.fields} {ORDERS.descr}".encode())
+    digest = hashlib.sha256(
+        f"{numba.__version__} {np.__version__} {source} {dtype.descr} {policy.subsystem.MESSAGE.fields} {policy.subsystem.ORDERS.descr}".encode()
+    )
     seen: set[int] = set()
 
     def add(function: Callable[..., Any]) -> None:
@@ -218,8 +226,8 @@ def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -
 
     def dispatch(state: int, message: int, orders: int) -> int:
         try:
-            msg = at(message, MESSAGE)
-            arms[int(msg.type)](at(state, dtype), msg, at(orders, ORDERS))
+            msg = at(message, policy.subsystem.MESSAGE)
+            arms[int(msg.type)](at(state, dtype), msg, at(orders, policy.subsystem.ORDERS))
         except BaseException as error:  # nothing may pass through the C frame
             failure.append(_last_line(error))
             if os.environ.get("WAVE_DEBUG"):

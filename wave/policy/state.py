@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from waveos.jit import jitable, jitable_inline
-from waveos.sched.records import MAX_CPUS, MAX_THREADS
+from waveos.record import MAX_CPUS, MAX_THREADS
 
-__all__ = ["array", "heap", "heap_key", "heap_pop", "heap_push", "heaps", "jitable", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
+__all__ = ["array", "heap", "heap_key", "heap_pop", "heap_push", "heaps", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
 
 Dtype = np.dtype[Any]
 

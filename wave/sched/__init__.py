@@ -6,8 +6,8 @@ A policy's handler has a message type's name (`thread_runnable`, `cpu_idle`, ...
 
 from __future__ import annotations
 
+from waveos.sched.orders import ORDERS, preempt, run, set_timer
 from waveos.sched.records import DECISION, DECISION_TYPES, HANDLERS, MESSAGE, MESSAGE_TYPES, OUTCOME, SUBSYSTEM, Decision, Message
-from waveos.sched.orders import preempt, run, set_timer
 
 __all__ = [
     "DECISION",
@@ -15,6 +15,7 @@ __all__ = [
     "HANDLERS",
     "MESSAGE",
     "MESSAGE_TYPES",
+    "ORDERS",
     "OUTCOME",
     "SUBSYSTEM",
     "Decision",

@@ -150,7 +150,9 @@ RUNTIME = np.dtype(
 """The runtime of one enclave: its tables as the newest messages have them, and scratch. One block of memory, so that calls pass one pointer."""
 
 
-def make_runtime(bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: int = 0, watch: int = 0, into: np.ndarray[Any, Any] | None = None) -> Any:
+def make_runtime(
+    bound: Bound, *, cpus: int, threads: int = MAX_THREADS, ahead: int = 0, watch: int = 0, into: np.ndarray[Any, Any] | None = None
+) -> Any:
     """A runtime, [1] RUNTIME, for `bound` over CPUs 0..cpus-1 and threads 0..threads-1, with `ahead` decisions prestaged; `into`: memory for it.
 
     A CPU exists once CPU_NEW has told so.
@@ -404,7 +406,7 @@ def _reset(rt: Any) -> None:
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         c.timer_ns, c.running, c.staged, c.live, c.kicked, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
-    rt.waiting = rt.returned = rt.idle = rt.live = rt.preempting = 0
+    rt.waiting = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = 0
 
 
 @jit
@@ -559,6 +561,8 @@ def feed(rt: Any, m: Any) -> Any:
                 _leave(rt, tid, RUNNING)
                 rt.thread[tid].cpu = cpu
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
+            if tid >= 0:
+                _deliver(rt, THREAD_RUNNING, tid, cpu, 0, 0, m.time_ns)
         elif kind == CPU_IDLE:
             c.running, c.seq = -1, m.cpu_seq
             _set_idle(rt, cpu, 1)

@@ -12,7 +12,13 @@ ORDERS_AT_ONCE = 64
 """Orders one call of a handler may give; a policy that floods is stopped with a clear error."""
 
 ORDERS = np.dtype(
-    [("n", "i8"), ("op", "i8", (ORDERS_AT_ONCE,)), ("tid", "i8", (ORDERS_AT_ONCE,)), ("cpu", "i8", (ORDERS_AT_ONCE,)), ("at_ns", "i8", (ORDERS_AT_ONCE,))],
+    [
+        ("n", "i8"),
+        ("op", "i8", (ORDERS_AT_ONCE,)),
+        ("tid", "i8", (ORDERS_AT_ONCE,)),
+        ("cpu", "i8", (ORDERS_AT_ONCE,)),
+        ("at_ns", "i8", (ORDERS_AT_ONCE,)),
+    ],
     align=True,
 )
 ORDER_RUN, ORDER_RUN_NOW, ORDER_PREEMPT, ORDER_TIMER = 1, 2, 3, 4

@@ -6,12 +6,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from waveos.record import MAX_CPUS as MAX_CPUS
+from waveos.record import MAX_THREADS as MAX_THREADS
 from waveos.record import record
 
 SUBSYSTEM = 1
-MAX_THREADS = 65_536
-"""Threads of one enclave: `tid` is the enclave's own dense number, 0..MAX_THREADS-1; the host keeps the kernel's."""
-MAX_CPUS = 1_024
 
 
 class Message(IntEnum):
