@@ -1,15 +1,15 @@
 """Draw the README's picture from a results file: tail latency of one request class against offered load.
 
-    wave compare ghost-rocksdb --policy fifo --policy shinjuku --no-saturation --out latency.json
-    python docs/draw_latency.py latency.json GET docs/latency.svg
+    wave compare ghost-rocksdb --out results.json
+    python docs/draw_latency.py results.json GET docs/latency.svg --policy fifo --policy shinjuku
 
-Equal results give an equal file.
+Loads off the scenario's grid, which the search for saturation adds, are left out. Equal results give an equal file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ STYLES = {"kernel": ":", "on-host": (0, (5, 2)), "offload": "-"}
 PLACES = {"kernel": "", "on-host": ", agent on a host core", "offload": ", agent on the IPU"}
 
 
-def draw(reading: Reading, name: str) -> Figure:
-    """p99 of class `name` in every configuration but those with a worker less."""
+def draw(reading: Reading, name: str, policies: list[str]) -> Figure:
+    """p99 of class `name` in every configuration of the kernel and of `policies` (none: all) but those with a worker less."""
     figure = Figure(figsize=(7.6, 3.5), layout="constrained")
     panel = figure.subplots()
+    grid = reading.raw["scenario"]["workload"]["loads_per_s"]
     for each in reading.configurations:
         if each.column == SAME_MACHINE and each.world == "on-host":
             continue
-        found = [(point.load_per_s / 1e3, p99) for point in each.points if (p99 := point.middle("classes", name, "p99_us")) is not None]
+        if each.world != "kernel" and policies and each.policy not in policies:
+            continue
+        points = [point for point in each.points if not grid or point.load_per_s in grid]
+        found = [(point.load_per_s / 1e3, p99) for point in points if (p99 := point.middle("classes", name, "p99_us")) is not None]
         panel.plot(
             [load for load, _ in found],
             [p99 for _, p99 in found],
@@ -58,13 +62,18 @@ def draw(reading: Reading, name: str) -> Figure:
     return figure
 
 
-def main(arguments: list[str]) -> None:
-    """RESULTS.json CLASS PICTURE.svg"""
-    source, name, out = arguments
-    results: dict[str, Any] = json.loads(Path(source).read_text())
+def main() -> None:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description="Tail latency of one request class against offered load, as SVG.")
+    parser.add_argument("results", type=Path, help="as `wave compare --out` writes it")
+    parser.add_argument("request_class", help="whose p99")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--policy", action="append", default=[], help="draw this one; may be given again")
+    told = parser.parse_args()
+    results: dict[str, Any] = json.loads(told.results.read_text())
     with mpl.rc_context({"svg.hashsalt": "wave", "font.size": 9}):
-        draw(read_results(results), name).savefig(out, metadata={"Date": None})
+        draw(read_results(results), told.request_class, told.policy).savefig(told.picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
