@@ -171,7 +171,7 @@ class HostileHost:
             + [self._block] * 4
             + [self._ring] * 4
             + [self._batch] * 6
-            + [self._preempt, self._take, self._give_back, self._kill, self._rest]
+            + [self._preempt, self._take, self._give_back, self._kill, self._resync, self._rest]
         )
         for _ in range(steps):
             self.now_ns += self.random.randrange(1, 20_000)
