@@ -57,7 +57,8 @@ def test_calibrating_writes_two_profiles_that_load_and_say_how_each_figure_came_
     profile, host = load_link(result["path"]), load_host(result["host_path"])
     assert profile.name == host.name == "this-machine"
     assert profile.coherent and profile.verified and host.verified
-    assert link_costs(profile).host_read_ns == profile.host.wt_read_ns == round(result["metrics"]["read_line_ns"])
+    assert link_costs(profile).host_read_ns == profile.host.wt_read_ns
+    assert abs(profile.host.wt_read_ns - result["metrics"]["read_line_ns"]) <= 0.6, "the figure, rounded to whole ns"
     assert profile.wire.one_way_ns > 0 and host.switch_ns > 0 and host.entry_ns > 0
     raw = tomllib.loads(Path(result["path"]).read_text())
     sections = [section["source"] for section in raw.values() if isinstance(section, dict)]
