@@ -31,7 +31,6 @@ import numpy as np
 from waveos import ring
 from waveos.bench import peers
 from waveos.bench.machine import describe_machine
-from waveos.bench.peers import Pair
 from waveos.errors import ConfigError, WaveError
 from waveos.jit import jit
 from waveos.link.shm import ShmLink
@@ -143,7 +142,7 @@ def _both_sides(cores: list[int], policy: str, cpus: int) -> Iterator[Callable[[
             def block(kind: str, variant: str, n: int) -> Any:
                 here.send((kind, variant, n))
                 _expect(here)
-                pair = pairs.get(kind.replace("_stream", "_ipc"))
+                pair: Any = pairs.get(kind.replace("_stream", "_ipc"))
                 match kind:
                     case "raw":
                         result: Any = _times(lambda out: _ping(lines, out), n)
@@ -193,7 +192,7 @@ def _times(block: Callable[[Any], None], n: int) -> Any:
 # The other side
 
 
-def _serve_blocks(pipe: Any, core: int, lines: Any, url: str, python_url: str, policy: str, cpus: int, pairs: dict[str, Pair]) -> None:
+def _serve_blocks(pipe: Any, core: int, lines: Any, url: str, python_url: str, policy: str, cpus: int, pairs: dict[str, Any]) -> None:
     """The process of the other side: does its part of one block after the other."""
     try:
         os.sched_setaffinity(0, {core})

@@ -91,7 +91,7 @@ class Zmq:
         def poll() -> bytes:
             while True:
                 try:
-                    return receive(no_wait)  # type: ignore[no-any-return]
+                    return receive(no_wait)
                 except again:
                     continue
 
@@ -134,7 +134,8 @@ class Iceoryx2:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._ports = name, []
+        self.name = name
+        self._ports: list[Any] = []
         self._folder = tempfile.TemporaryDirectory(prefix="wave-bench-")
         self._owner = os.getpid()
 
