@@ -136,7 +136,9 @@ def test_two_users_of_a_policy_share_code_and_nothing_else():
     assert (first.state["cpus"][0], second.state["cpus"][0]) == (2, 3)
 
 
-@pytest.mark.parametrize("runnable", ["push(self.runq, 1 if msg.qos - 1 < 0 else 2)", "push(self.runq, msg.tid * 1_000_000_007 // 1_000_000_007)"], ids=["u1", "i4"])
+@pytest.mark.parametrize(
+    "runnable", ["push(self.runq, 1 if msg.qos - 1 < 0 else 2)", "push(self.runq, msg.tid * 1_000_000_007 // 1_000_000_007)"], ids=["u1", "i4"]
+)
 @pytest.mark.xfail(strict=True, reason="as plain Python a handler gets NumPy's small integers, which wrap; compiled they are 64 bits wide: hand it Python's")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_arithmetic_on_a_message_does_not_wrap_as_plain_python_where_it_does_not_compiled(tmp_path, runnable):

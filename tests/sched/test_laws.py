@@ -509,3 +509,17 @@ def test_an_outcome_that_names_no_cpu_changes_nothing(make):
     host.say("txn_outcome", 3, cpu=-1)
     host.batch()
     assert host.runtime["cpu"].tobytes() == before
+
+
+@pytest.mark.xfail(strict=True, reason="_ask asks again after any order, for ever if it is no run: ask again only when a thread was dropped meanwhile")
+def test_a_policy_that_declines_a_cpu_but_sets_a_timer_or_preempts_elsewhere_is_not_asked_again(make):
+    declines = """
+    def cpu_idle(self, msg, txns):
+        self.calls[0] += 1
+        if self.calls[0] > 100:
+            raise RecursionError("asked 100 times in one batch")
+        sched.set_timer(txns, msg.cpu, msg.time_ns + 10_000)
+    """
+    host = Host(make(declines, queue=QUEUE.partition("def cpu_idle")[0]))
+    host.wake(1).batch()
+    assert host.state("calls")[0] <= 10
