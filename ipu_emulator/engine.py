@@ -18,7 +18,7 @@ from numba import carray
 from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, exponential
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
 from waveos.ipu_emulator.histogram import count_ns
-from waveos.ipu_emulator.machine import BACKLOG, BATCH, BUSY, IDLE, KICKS, REQUEST, SAMPLE
+from waveos.ipu_emulator.machine import BATCH, BUSY, IDLE, KICKS, REQUEST, SAMPLE
 from waveos.jit import as_pointer, jit
 from waveos.outcome import Outcome
 from waveos.record import VERSION
@@ -144,6 +144,7 @@ def _keep(m: Any, record: Any) -> None:
 def _enqueue(m: Any, visible_ns: int) -> bool:
     """Put the scratch record into the queue, by the time the agent can see it. A full queue loses it, and that is counted."""
     capacity = m.up_cap
+    visible_ns = max(visible_ns, m.up_floor_ns)
     if m.lost or m.up_tail - m.up_head >= capacity:
         m.lost = 1
         m.overflowed += 1
@@ -320,6 +321,7 @@ def _resync(m: Any, at_ns: int) -> None:
         if m.thread[tid].state == RUNNABLE:
             now = _send(m, THREAD_RUNNABLE, tid, -1, 0, now)
     m.waker_free_ns = now + cost.flush_ns
+    m.up_floor_ns = m.up_visible_ns[(m.up_tail - 1) % m.up_cap]  # what is told from now on does not overtake the replay
 
 
 # ── host: a CPU between two threads ──────────────────────────────────────────────────────────────────────────────────
@@ -366,7 +368,7 @@ def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     m.switch_ns += cost.switch_ns
     m.switches += 1
     m.committed += 1
-    c.tid, c.state, c.start_ns, c.free_ns, c.left_ns = txn.tid, BUSY, now, now, t.work_ns
+    c.tid, c.state, c.start_ns, c.free_ns, c.left_ns, c.ran_before_ns = txn.tid, BUSY, now, now, t.work_ns, t.ran_ns
     count_ns(m.ready, now - t.ready_ns)
     _trace(m, now, T_RUN_BEGIN, cpu, txn.tid, t.request_class, t.request)
     set_due(m.clock, CPUS + cpu, _finish_ns(cost, now, t.work_ns))
@@ -452,7 +454,7 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     t.seq += 1
     t.state = BLOCKED
     c.seq += 1
-    _trace(m, now_ns, T_RUN_END, cpu, tid, END_BLOCKED, t.ran_ns)
+    _trace(m, now_ns, T_RUN_END, cpu, tid, END_BLOCKED, t.ran_ns - c.ran_before_ns)
     now = now_ns + cost.entry_ns
     before = now
     now = _send(m, THREAD_BLOCKED, tid, cpu, 0, now)
@@ -463,7 +465,7 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     m.free[m.free_tail % m.threads] = tid
     m.free_tail += 1
     if m.backlog_tail > m.backlog_head:
-        request = m.backlog[m.backlog_head % BACKLOG]
+        request = m.backlog[m.backlog_head % m.backlog_cap]
         m.backlog_head += 1
         _wake(m, request.arrival_ns, request.request_class, request.service_ns, request.number, now)
     if not cost.inline:
@@ -536,7 +538,7 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
     t.state = RUNNABLE
     t.ready_ns = now
     c.seq += 1
-    _trace(m, begin_ns, T_RUN_END, cpu, tid, END_PREEMPTED, t.ran_ns)
+    _trace(m, begin_ns, T_RUN_END, cpu, tid, END_PREEMPTED, t.ran_ns - c.ran_before_ns)
     d = m.down[cpu, chosen]
     if d.type == YIELD_CPU:
         before = now
@@ -615,8 +617,8 @@ def _arrive(m: Any, now_ns: int) -> None:
     m.arrived += 1
     if m.free_tail > m.free_head and m.backlog_tail == m.backlog_head:
         _wake(m, now_ns, k, service, number, now_ns)
-    elif m.backlog_tail - m.backlog_head < BACKLOG:
-        q = m.backlog[m.backlog_tail % BACKLOG]
+    elif m.backlog_tail - m.backlog_head < m.backlog_cap:
+        q = m.backlog[m.backlog_tail % m.backlog_cap]
         q.arrival_ns, q.service_ns, q.request_class, q.number = now_ns, service, k, number
         m.backlog_tail += 1
     else:
@@ -684,7 +686,7 @@ def count_unfinished(machine: Any) -> None:
             m.sums[k] += m.now_ns - t.arrival_ns
             m.done[k, 2] += 1
     for i in range(m.backlog_head, m.backlog_tail):
-        q = m.backlog[i % BACKLOG]
+        q = m.backlog[i % m.backlog_cap]
         if m.warmup_ns <= q.arrival_ns < m.stop_ns:
             count_ns(m.latency[q.request_class], m.now_ns - q.arrival_ns)
             m.sums[q.request_class] += m.now_ns - q.arrival_ns

@@ -17,7 +17,7 @@ from waveos.errors import ConfigError
 from waveos.explain import explain_key
 from waveos.ipu_emulator.inputs import Arrivals, Inputs
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, load_host, load_link
-from waveos.names import nearest
+from waveos.names import nearest, split_policy_file
 from waveos.scenario import RequestClass, Scenario
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ def policy_file(scenario: Scenario, name: str) -> str:
     """A policy's name as `load_policy` takes it: a file is looked for here, then beside the scenario."""
     from pathlib import Path
 
-    file, colon, inner = name.partition(".py")
-    beside = scenario.base / f"{file}.py"
-    return f"{beside}{inner}" if colon and not Path(f"{file}.py").is_file() and beside.is_file() else name
+    found = split_policy_file(name)
+    if found is None or Path(found[0]).is_file() or not (scenario.base / found[0]).is_file():
+        return name
+    return f"{scenario.base / found[0]}{':' if found[1] else ''}{found[1]}"
 
 
 def setup_of(job: Job) -> sched.Setup:

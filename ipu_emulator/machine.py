@@ -55,6 +55,7 @@ HOST_CPU = np.dtype(
         ("state", "i8"),
         ("start_ns", "i8"),  # the thread computes from here; before, the CPU is in the kernel
         ("left_ns", "i8"),  # of the thread's work at start_ns
+        ("ran_before_ns", "i8"),  # what the thread had run when the CPU took it
         ("free_ns", "i8"),  # the CPU is in the kernel until here
         ("down_n", "i8"),
         ("kick_n", "i8"),
@@ -141,6 +142,8 @@ MACHINE = np.dtype(
         ("record_at", "i8"),
         ("record_cap", "i8"),  # MESSAGEs as the runtime was fed
         ("up_cap", "i8"),
+        ("up_floor_ns", "i8"),  # nothing in the queue becomes visible before
+        ("backlog_cap", "i8"),
         ("cpus", "i8"),
         ("threads", "i8"),
         ("note", MESSAGE),  # scratch

@@ -251,6 +251,7 @@ def _start(factory: str) -> _Child:
             ],
             pass_fds=(there.fileno(), beat_fd),
             stdin=subprocess.DEVNULL,
+            stdout=2,  # what a policy prints is talk, not data
             process_group=0,  # Ctrl-C is the parent's to answer
         )
     finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from waveos.errors import ConfigError
 from waveos.names import nearest
@@ -100,6 +100,12 @@ class HostProfile(_Table):
     interrupt_ns: Ns
     tick_period_us: Annotated[int, Field(ge=0)]
     tick_ns: Ns
+
+    @model_validator(mode="after")
+    def _ticks_leave_time(self) -> HostProfile:
+        if self.tick_period_us and self.tick_ns >= 1_000 * self.tick_period_us:
+            raise ValueError(f"a tick of {self.tick_ns} ns every {self.tick_period_us} us leaves no time to run anything")
+        return self
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
 from waveos.ipu_emulator.clock import reset_clock
 from waveos.ipu_emulator.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
 from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
-from waveos.ipu_emulator.machine import COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
+from waveos.ipu_emulator.machine import BACKLOG, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.sched.laws import BLOCKED, failure, make_runtime
-from waveos.sched.records import MESSAGE
+from waveos.sched.records import MAX_CPUS, MAX_THREADS, MESSAGE
 from waveos.trace import TRACE_EVENT
 
 Placement = Literal["kernel", "on-host", "offload"]
@@ -165,7 +165,7 @@ class Simulation:
         m = self.machine
         make_runtime(self.bound, cpus=cpus, threads=setup.threads, ahead=int(prestage and not inline), watch=watch, into=m["runtime"])
         reset_clock(m["clock"], 2 + 2 * cpus)
-        m["cost"], m["cpus"], m["threads"], m["up_cap"] = costs[0], cpus, setup.threads, setup.queue
+        m["cost"], m["cpus"], m["threads"], m["up_cap"], m["backlog_cap"] = costs[0], cpus, setup.threads, setup.queue, setup.backlog
         m["warmup_ns"], m["stop_ns"] = setup.warmup_ns, setup.warmup_ns + setup.duration_ns
         m["end_ns"] = int((setup.warmup_ns + setup.duration_ns) * (1 + _DRAIN_SHARE))
         m["mean_gap_ns"] = NS_PER_S / setup.load_per_s if setup.load_per_s else 0.0
@@ -197,8 +197,18 @@ class Simulation:
             raise ConfigError(f"a load of {setup.load_per_s} requests/s; more than 0 is needed")
         if not setup.classes:
             raise ConfigError("no request class; at least one is needed")
-        if setup.workers < 1 or setup.threads < 1 or setup.duration_ns < 1 or setup.warmup_ns < 0:
-            raise ConfigError(f"workers {setup.workers}, threads {setup.threads}, duration {setup.duration_ns} ns: each must be at least 1")
+        limits = {"workers": MAX_CPUS, "threads": MAX_THREADS, "backlog": BACKLOG, "duration_ns": 1 << 60}
+        for name, most in limits.items():
+            if not 1 <= getattr(setup, name) <= most:
+                raise ConfigError(f"{name} = {getattr(setup, name)}; 1 to {most} can be simulated")
+        if setup.warmup_ns < 0:
+            raise ConfigError(f"warmup_ns = {setup.warmup_ns}; 0 or more is needed")
+        if setup.arrivals is not None and len(setup.arrivals):
+            times, kinds = setup.arrivals["arrival_ns"], setup.arrivals["request_class"]
+            if times[0] < 0 or np.any(np.diff(times) < 0):
+                raise ConfigError("a trace's arrivals must not be negative or go back in time")
+            if kinds.min() < 0 or kinds.max() >= len(setup.classes) or setup.arrivals["service_ns"].min() < 0:
+                raise ConfigError(f"a trace's classes are 0..{len(setup.classes) - 1} and its service times 0 or more")
         if setup.placement == "kernel" and setup.policy == "kernel" and setup.workers > fair.CPUS:
             raise ConfigError(f"{setup.workers} workers; the model of the kernel's own scheduler has at most {fair.CPUS} CPUs")
         if len(setup.classes) > MAX_CLASSES:
@@ -219,8 +229,8 @@ class Simulation:
             cost["inline"] = 1
             cost["kick_wire_ns"], cost["kick_receive_ns"] = host.ipi_wire_ns, host.interrupt_ns
             return cost, False
-        name = "on-host" if setup.placement == "on-host" and setup.link == "mount-evans" else setup.link
-        link = load_link(name) if isinstance(name, str) else name
+        wanted = "on-host" if setup.placement == "on-host" and setup.link == "mount-evans" else setup.link
+        link = load_link(wanted) if isinstance(wanted, str) else wanted
         costs = link_costs(link, setup.mitigations)
         speed = link.relative_speed if setup.speed is None else setup.speed
         cost["write_ns"], cost["flush_ns"] = costs.host_write_ns, costs.host_flush_ns

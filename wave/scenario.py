@@ -20,7 +20,7 @@ from waveos.explain import explain_errors, lookup_origin
 from waveos.names import nearest
 
 MITIGATIONS = ("wb", "wc_wt", "prestage", "prefetch")
-"""The four mitigations of a slow link, in the order in which the Wave paper adds them (specs/wave.md, Annex A)."""
+"""The four mitigations of a slow link, in the order in which the Wave paper adds them."""
 
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]

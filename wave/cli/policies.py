@@ -94,7 +94,7 @@ def new_policy(
         print_json({"name": name, "folder": str(target), "files": sorted(files)})
         return
     print(target)
-    talk(f"next: pip install -e {target}[test] && pytest {target}; then: wave policies show {name}")
+    talk(f"next: (cd {target} && python -m pytest); then, to know it by name: pip install --no-build-isolation -e {target}")
 
 
 def _describe(policy: Any) -> dict[str, Any]:

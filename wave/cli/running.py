@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from waveos.cli import INTERRUPTED
 from waveos.cli.terminal import talk
 from waveos.errors import ConfigError
-from waveos.names import nearest
+from waveos.names import nearest, split_policy_file
 
 if TYPE_CHECKING:
     from waveos.scenario import Scenario
@@ -76,7 +76,7 @@ def _measured_costs(scenario: Scenario, inputs: Any, files: Mapping[str, str], p
     job, experiment = import_module("waveos.ipu_emulator.job"), import_module("waveos.ipu_emulator.experiment")
     short = scenario.model_copy(update={"run": scenario.run.model_copy(update={"duration_ms": 5.0, "warmup_ms": 0.0})})
     for name, file in files.items():
-        if ".py" in file:
+        if split_policy_file(file) is not None:
             configuration = job.Configuration(name, "offload", scenario.host.workers)
             pool.submit(job.Job(short, inputs, job.Ask(configuration, experiment.capacity_per_s(scenario, inputs) / 2, 1)))
     for _ in pool.finished():

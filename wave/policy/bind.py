@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -58,7 +58,7 @@ class Bound:
             return self.failure[-1]
         name = _handler_name(self.policy, int(message["type"][0]))
         try:
-            self.policy.handlers[name](_plain(self.state.copy()), _plain(message.copy()), _plain(np.zeros(1, self.policy.subsystem.ORDERS)))
+            self.policy.handlers[name](_plain(self.state.copy()), _plain_message(message), _plain(np.zeros(1, self.policy.subsystem.ORDERS)))
         except Exception as error:
             return _last_line(error)
         return "run it with WAVE_JIT=0 for the traceback"
@@ -98,7 +98,8 @@ def _head_bytes(policy: type[Policy], dtype: np.dtype[Any]) -> int:
 
 
 def _handler_name(policy: type[Policy], code: int) -> str:
-    return next(name for name, value in policy.subsystem.HANDLERS.items() if value == code)
+    names: dict[str, int] = policy.subsystem.HANDLERS
+    return next(name for name, value in names.items() if value == code)
 
 
 def _dispatch_source(policy: type[Policy]) -> str:
@@ -161,7 +162,9 @@ def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str
         digest.update(repr(function.__defaults__).encode())
         for name in _names(function.__code__):
             value = function.__globals__.get(name)
-            if isinstance(value, (int, float, str, tuple)):
+            if isinstance(value, np.ndarray):
+                digest.update(name.encode() + value.tobytes())
+            elif isinstance(value, (int, float, str, tuple, np.generic)):
                 digest.update(f"{name}={value!r}".encode())
             elif callable(value):
                 add(value)
@@ -179,7 +182,9 @@ def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str
 
 
 def _names(code: CodeType) -> list[str]:
-    return sorted(set(code.co_names))
+    """Names that the code, and code inside it, may look up."""
+    inner = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant)]
+    return sorted({*code.co_names, *inner})
 
 
 def _add_code(digest: Any, code: CodeType) -> None:
@@ -205,29 +210,39 @@ def _plain_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
         "offsets": [dtype.fields[name][1] for name in names],
         "itemsize": dtype.itemsize,
     }
-    return np.dtype((np.record, np.dtype(layout)))  # type: ignore[call-overload,no-any-return]
+    return np.dtype((np.record, np.dtype(layout)))  # type: ignore[call-overload]
 
 
 def _plain(record: np.ndarray[Any, Any]) -> Any:
+    """[1] records as one whose fields are attributes that can be assigned to."""
     return record.view(_plain_dtype(record.dtype)).view(np.recarray)[0]
+
+
+def _plain_message(record: np.ndarray[Any, Any]) -> Any:
+    """A message for reading: Python's integers, which do not wrap, as compiled code has 64 bits where the record has 8."""
+    return SimpleNamespace(**dict(zip(record.dtype.names or (), record[0].item(), strict=True)))
 
 
 def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -> Any:
     """The handlers as they stand, behind a C callback. What they raise is kept and told by the one who runs them."""
-    views: dict[tuple[int, int], Any] = {}
+    views: dict[int, Any] = {}
+    message_dtype, orders_dtype = policy.subsystem.MESSAGE, policy.subsystem.ORDERS
     arms = {code: policy.handlers[name] for name, code in policy.subsystem.HANDLERS.items() if name in policy.handlers}
 
-    def at(address: int, layout: np.dtype[Any]) -> Any:
-        key = (address, layout.itemsize)
-        if key not in views:
-            block = (ctypes.c_char * layout.itemsize).from_address(address)
-            views[key] = _plain(np.frombuffer(block, layout))
-        return views[key]
+    def memory(address: int, layout: np.dtype[Any]) -> Any:
+        if address not in views:
+            views[address] = np.frombuffer(memoryview((ctypes.c_char * layout.itemsize).from_address(address)), layout)
+        return views[address]
+
+    def record(address: int, layout: np.dtype[Any]) -> Any:
+        if -address not in views:
+            views[-address] = _plain(memory(address, layout))
+        return views[-address]
 
     def dispatch(state: int, message: int, orders: int) -> int:
         try:
-            msg = at(message, policy.subsystem.MESSAGE)
-            arms[int(msg.type)](at(state, dtype), msg, at(orders, policy.subsystem.ORDERS))
+            msg = _plain_message(memory(message, message_dtype))
+            arms[msg.type](record(state, dtype), msg, record(orders, orders_dtype))
         except BaseException as error:  # nothing may pass through the C frame
             failure.append(_last_line(error))
             if os.environ.get("WAVE_DEBUG"):

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from waveos.errors import PolicyError
-from waveos.names import nearest
+from waveos.names import nearest, split_policy_file
 from waveos.policy.policy import Policy
 
 GROUP = "waveos.policies"
@@ -22,8 +22,8 @@ def policy_names() -> list[str]:
 
 def load_policy(name: str) -> type[Policy]:
     """The policy called `name`: an installed one, `path/to/file.py`, or `path/to/file.py:Class`. Raises PolicyError with what is there instead."""
-    if ".py" in name:
-        return _from_file(name)
+    if (file := split_policy_file(name)) is not None:
+        return _from_file(*file)
     return _from_entry_point(name)
 
 
@@ -43,9 +43,8 @@ def _from_entry_point(name: str) -> type[Policy]:
     raise PolicyError(f"no policy {name!r}{nearest(name, policy_names())}; installed: {', '.join(policy_names())}; or give a file: ./{name}.py")
 
 
-def _from_file(name: str) -> type[Policy]:
-    file, _, wanted = name.partition(".py")
-    path = Path(file + ".py").expanduser().resolve()
+def _from_file(file: str, wanted: str) -> type[Policy]:
+    path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise PolicyError(f"no policy file {path}")
     spec = importlib.util.spec_from_file_location(f"wave_policy_{path.stem}", path)
@@ -61,7 +60,6 @@ def _from_file(name: str) -> type[Policy]:
     except Exception as error:
         raise PolicyError(f"{path}: {type(error).__name__}: {error}") from error
     classes = {v.__name__: v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == spec.name}
-    wanted = wanted.lstrip(":")
     if wanted:
         if wanted not in classes:
             raise PolicyError(f"{path} has no policy class {wanted!r}{nearest(wanted, classes)}; it has: {', '.join(classes) or 'none'}")

@@ -289,8 +289,9 @@ def _apply(rt: Any) -> None:
                 else:
                     c.preempting = rt.preempting = 1
         elif op == ORDER_TIMER:
-            c.timer_ns, c.expired = orders.at_ns[i], 0
-            if c.timer_ns:
+            c.timer_ns, c.expired = 0, 0
+            if orders.at_ns[i]:  # in the future, or a timer set to now from timer_expired would stop time
+                c.timer_ns = max(orders.at_ns[i], rt.now_ns + 1)
                 rt.next_timer_ns = min(rt.next_timer_ns, c.timer_ns)
 
 
@@ -410,15 +411,18 @@ def _reset(rt: Any) -> None:
 
 
 @jit
-def _ask(rt: Any, cpu: int, ahead: int) -> bool:
-    """Ask the policy for a thread for `cpu` until it places one or declines."""
+def _ask(rt: Any, cpu: int, ahead: int) -> Any:
+    """Ask the policy for a thread for `cpu`; True if it placed one."""
     c = rt.cpu[cpu]
     before = c.staged
-    while c.staged == before and rt.waiting > 0 and not rt.failed:
+    while rt.waiting > 0 and not rt.failed:
+        dropped = rt.dropped
         _deliver(rt, CPU_IDLE, -1, cpu, ahead, 0, rt.now_ns)
-        if rt.orders.n == 0:
+        if c.staged != before:
+            return True
+        if rt.dropped == dropped:  # it declined; else the thread that it chose had left meanwhile
             return False
-    return c.staged != before
+    return False
 
 
 @jit
@@ -494,11 +498,14 @@ def _serve_idle(rt: Any) -> None:
 def _settle_batch(rt: Any, now_ns: int) -> None:
     """The level-triggered part, after a drained batch."""
     rt.now_ns = max(rt.now_ns, now_ns)
-    returned, rt.returned = rt.returned, 0
-    for i in range(returned):
+    returned = rt.returned
+    for i in range(returned):  # handlers that are called here may return more, behind these
         tid = int(rt.returned_tid[i])
         if rt.thread[tid].state == STAGED:
             _offer(rt, tid, int(rt.thread[tid].cpu), TXN_FAILED, 1, CONGESTED, rt.now_ns)
+    for i in range(returned, rt.returned):
+        rt.returned_tid[i - returned] = rt.returned_tid[i]
+    rt.returned -= returned
     if (rt.timers_past and rt.waiting) or rt.next_timer_ns <= rt.now_ns:
         _expire_timers(rt)
     if rt.preempting or (rt.idle and (rt.waiting or rt.live)):
@@ -529,8 +536,9 @@ def feed(rt: Any, m: Any) -> Any:
     if cpu >= rt.cpus or tid >= rt.threads or cpu < -1 or tid < -1:
         return True  # not of this enclave; the host's half refuses such things, and so does this one
     if kind == TXN_OUTCOME:
-        _settle_outcome(rt, m)
-    elif kind <= THREAD_DEAD or kind >= AFFINITY_CHANGED:
+        if cpu >= 0:
+            _settle_outcome(rt, m)
+    elif kind in (THREAD_NEW, THREAD_RUNNABLE, THREAD_BLOCKED, THREAD_PREEMPTED, THREAD_YIELDED, THREAD_DEAD, AFFINITY_CHANGED, PRIORITY_CHANGED):
         if tid < 0:
             return True
         t = rt.thread[tid]

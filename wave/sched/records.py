@@ -32,7 +32,7 @@ class Message(IntEnum):
     THREAD_YIELDED = 6, "the thread gave up msg.cpu and can run; without a handler it comes as thread_runnable"
     THREAD_DEAD = 7, "the thread exited or left the enclave"
     CPU_NEW = 8, "msg.cpu belongs to the enclave; sent at start and when the host replays its state"
-    CPU_IDLE = 9, "msg.cpu wants a thread (level-triggered); ahead=1: it still runs one, and asks for the next"
+    CPU_IDLE = 9, "msg.cpu wants a thread (level-triggered); front=1: it still runs one, and asks for the next ahead of need"
     CPU_TAKEN = 10, "a higher class of the kernel took msg.cpu"
     CPU_BACK = 11, "msg.cpu is the enclave's again"
     TICK = 12, "the host's timer tick on msg.cpu"
@@ -68,7 +68,7 @@ MESSAGE: np.dtype[np.void] = record(
         ("ran_ns", "<i8"),  # CPU time of this activation so far
     ]
 )
-"""A message. `seq` is the thread's; `cpu_seq` the CPU's, where one is named. `ahead` of cpu_idle travels in `front`."""
+"""A message. `seq` is the thread's; `cpu_seq` the CPU's, where one is named."""
 
 OUTCOME: np.dtype[np.void] = record([*_SUBJECT, ("txn", "<i8"), ("age_ns", "<i8"), ("ran_ns", "<i8")])
 """An outcome (type TXN_OUTCOME). `txn` is the decision's number; `age_ns` the age of the state behind it when the host applied or refused it."""
