@@ -36,11 +36,16 @@ def reset_clock(clock: np.ndarray[Any, Any], slots: int) -> None:
 @jit
 def set_due(clock: Any, slot: int, time_ns: int) -> None:
     """Slot `slot` is due at `time_ns`; NEVER: not at all."""
+    if clock.time_ns[slot] == time_ns:
+        return
     clock.time_ns[slot] = time_ns
     node = (slot + clock.leaves) >> 1
     while node >= 1:
         left, right = clock.winner[2 * node], clock.winner[2 * node + 1]
-        clock.winner[node] = left if clock.time_ns[left] <= clock.time_ns[right] else right
+        first = left if clock.time_ns[left] <= clock.time_ns[right] else right
+        if first == clock.winner[node] and first != slot:
+            return  # nothing changes above
+        clock.winner[node] = first
         node >>= 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.cpython.unsafe.numbers import leading_zeros
 
 from waveos.jit import jit
 
@@ -16,9 +17,7 @@ BINS = (63 - _BITS) << _BITS
 def count_ns(histogram: Any, value_ns: int) -> None:
     """Count one value, 0 or more."""
     v = max(0, value_ns)
-    shift = 0
-    while (v >> shift) >= (2 << _BITS):
-        shift += 1
+    shift = max(0, 63 - _BITS - leading_zeros(v))
     histogram[(shift << _BITS) + (v >> shift)] += 1
 
 

@@ -241,7 +241,7 @@ def _requests(trace: Arrivals, load_per_s: float, run_ns: int) -> Any:
     """The trace as the engine's requests, its time stretched to the load, over and over until the run ends."""
     import numpy as np
 
-    from waveos.ipu_emulator.machine import REQUEST
+    from waveos.ipu_emulator.sched.machine import REQUEST
 
     count = len(trace.time_ns)
     lap_ns = count * 1e9 / load_per_s  # one mean gap separates the last request from the first of the next lap

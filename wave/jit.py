@@ -65,7 +65,7 @@ def sources_hash() -> str:
 
 def jit(function: F) -> F:
     """Compile without Python objects and without the GIL, once; the result is kept on disk beside the source."""
-    compiled: F = njit(cache=True, nogil=True)(function)
+    compiled: F = njit(cache=True, nogil=True, error_model="numpy")(function)
     return compiled
 
 

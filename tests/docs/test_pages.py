@@ -11,8 +11,8 @@ from typer.main import get_command
 
 from waveos import scenario
 from waveos.cli.app import app
-from waveos.ipu_emulator.machine import COSTS
 from waveos.ipu_emulator.profile import HostProfile, LinkProfile
+from waveos.ipu_emulator.sched.machine import COSTS
 from waveos.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]

@@ -44,7 +44,9 @@ FLOOD = "for _ in range(1_000): sched.preempt(txns, 0)"
     [
         pytest.param("raise ValueError('no')", RUN, 64, ["thread_runnable at ", "ValueError: no (", "bad.py:7)"], id="raises"),
         pytest.param(SPIN, RUN, 64, ["did not return from thread_runnable within 2 s and was stopped"], id="never answers"),
-        pytest.param(PUSH, RUN.replace("msg.cpu", "2"), 64, ["cpu_idle at ", "named CPU 2, which is outside the enclave (CPUs 0..1)"], id="foreign CPU"),
+        pytest.param(
+            PUSH, RUN.replace("msg.cpu", "2"), 64, ["cpu_idle at ", "named CPU 2, which is outside the enclave (CPUs 0..1)"], id="foreign CPU"
+        ),
         pytest.param(PUSH, "sched.run(txns, tid=99, cpu=0)", 4096, ["ran thread 99, which is gone or was never there"], id="thread that is gone"),
         pytest.param(PUSH, "pass", 2, ["OverflowError: push onto a full ring", "'runq' holds 2 entries and is full"], id="overflows"),
         pytest.param(PUSH, FLOOD, 64, ["OverflowError: too many orders from one handler call"], id="floods"),

@@ -83,7 +83,6 @@ def test_a_change_in_what_a_handler_consists_of_changes_the_fingerprint(fingerpr
         pytest.param("msg.tid + WEIGHT", "WEIGHT = 3", "WEIGHT = np.int64(4)", id="numpy scalar"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="_fingerprint skips names of nested code, arrays and NumPy scalars: old compiled code would be used")
 def test_a_change_in_what_nested_code_or_a_table_holds_changes_the_fingerprint(fingerprint, body, old, new):
     first = (old, "WEIGHT = np.int64(3)") if "np.int64" in new else (old, old)
     assert fingerprint(first, body=body) != fingerprint((old, new), body=body)
@@ -139,7 +138,6 @@ def test_two_users_of_a_policy_share_code_and_nothing_else():
 @pytest.mark.parametrize(
     "runnable", ["push(self.runq, 1 if msg.qos - 1 < 0 else 2)", "push(self.runq, msg.tid * 1_000_000_007 // 1_000_000_007)"], ids=["u1", "i4"]
 )
-@pytest.mark.xfail(strict=True, reason="as plain Python a handler gets NumPy's small integers, which wrap; compiled they are 64 bits wide: hand it Python's")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_arithmetic_on_a_message_does_not_wrap_as_plain_python_where_it_does_not_compiled(tmp_path, runnable):
     policy = write(tmp_path, runnable=runnable)

@@ -81,7 +81,9 @@ def test_what_a_file_raises_is_told_by_its_type(refuse):
 
 
 def test_of_two_policies_in_a_file_one_is_named(tmp_path, refuse):
-    two = mine("def cpu_idle(self, msg, txns):\n    pass\n") + mine("def tick(self, msg, txns):\n    pass\n").replace(HEAD, "").replace("Mine", "Other")
+    two = mine("def cpu_idle(self, msg, txns):\n    pass\n") + mine("def tick(self, msg, txns):\n    pass\n").replace(HEAD, "").replace(
+        "Mine", "Other"
+    )
     assert refuse(two) == "FILE has 2 policy classes (Mine, Other); name one as mine.py:Class"
     assert refuse(two, ":Othr") == "FILE has no policy class 'Othr' (did you mean 'Other'?); it has: Mine, Other"
     assert list(load_policy(f"{tmp_path / 'mine.py'}:Other").handlers) == ["tick"]
@@ -145,7 +147,6 @@ def test_a_reference_policy_takes_at_most_120_lines_and_says_what_it_does(path):
     assert (load_policy(path.stem).__doc__ or "").strip()
 
 
-@pytest.mark.xfail(strict=True, reason="find._from_file splits at the first '.py': split at the last, as ^(.+\\.py)(?::(\\w+))?$")
 def test_a_folder_may_have_py_in_its_name(tmp_path):
     folder = tmp_path / "my.python"
     folder.mkdir()

@@ -13,6 +13,7 @@ The laws:
 - `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
 - A thread that left while the policy held it is dropped silently when the policy runs it; a thread the policy does not hold is an error.
+  A policy that handles `thread_dead` takes the thread out of its queues there.
 """
 
 from __future__ import annotations
@@ -554,6 +555,8 @@ def feed(rt: Any, m: Any) -> Any:
             _leave(rt, tid, BLOCKED)
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         elif kind == THREAD_DEAD:
+            if (rt.handlers >> THREAD_DEAD) & 1:
+                t.held = 0
             _vacate(rt, tid, cpu, m.cpu_seq)
             _leave(rt, tid, ABSENT)
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)

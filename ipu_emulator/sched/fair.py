@@ -34,7 +34,7 @@ class Fair(Policy, subsystem=sched, name="fair"):
     wakeup_us: Param = 1_000
     tick_us: Param = 1_000
 
-    runq = heaps(CPUS, 8_192)
+    runq = heaps(CPUS, 65_536)
     vruntime_ns = per_thread()
     last_cpu = per_thread()
     minimum_ns = per_cpu()  # of virtual time in the queue, never falls

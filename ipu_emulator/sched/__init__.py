@@ -15,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from waveos.errors import ConfigError
-from waveos.ipu_emulator import arrivals, fair
+from waveos.ipu_emulator import arrivals
 from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
 from waveos.ipu_emulator.clock import reset_clock
-from waveos.ipu_emulator.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
 from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
-from waveos.ipu_emulator.machine import BACKLOG, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
+from waveos.ipu_emulator.sched import fair
+from waveos.ipu_emulator.sched.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
+from waveos.ipu_emulator.sched.machine import BACKLOG, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.sched.laws import BLOCKED, failure, make_runtime
@@ -114,7 +115,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run. Shares are of the counting window and of all workers together where they name cores."""
+    """What came out of a run. Busy shares and cores are over the whole run; `worker_busy_share` is of all workers together."""
 
     setup: Setup
     classes: dict[str, ClassResult]
@@ -172,7 +173,7 @@ class Simulation:
         m["streams"] = seed_streams(setup.seed)
         m["cpu"]["tid"] = -1
         m["thread"]["state"][0, : setup.threads] = BLOCKED
-        m["free"][0, : setup.threads], m["free_tail"] = np.arange(setup.threads), setup.threads
+        m["free"][0, : setup.threads], m["free_n"] = np.arange(setup.threads)[::-1], setup.threads
         m["trace_from_ns"], m["trace_until_ns"] = setup.trace_from_ns, setup.trace_from_ns + setup.trace_for_ns if setup.trace_for_ns else 0
         classes, samples = _class_records(setup.classes)
         m["class_count"], m["classes"][0, : len(classes)] = len(classes), classes
@@ -181,7 +182,7 @@ class Simulation:
         self._sample = self._lend("sample", np.zeros(setup.samples, SAMPLE), "cap")
         self._trace = self._lend("trace", np.zeros(TRACE_EVENTS if setup.trace_for_ns else 0, TRACE_EVENT), "cap")
         self._record = self._lend("record", np.zeros(setup.record, MESSAGE), "cap")
-        self._begun = False
+        self._begun = self._over = False
         self._events = _SLICE_EVENTS
 
     def _lend(self, name: str, memory: np.ndarray[Any, Any], length: str = "n") -> np.ndarray[Any, Any]:
@@ -252,7 +253,9 @@ class Simulation:
             if status == POLICY_FAILED:
                 raise failure(self.machine["runtime"], self.bound)
             if status == FINISHED:
-                count_unfinished(self.machine)
+                if not self._over:
+                    count_unfinished(self.machine)
+                    self._over = True
                 return True
             now = time.monotonic_ns()
             if now >= deadline:

@@ -18,7 +18,7 @@ from numba import carray
 from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, exponential
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
 from waveos.ipu_emulator.histogram import count_ns
-from waveos.ipu_emulator.machine import BATCH, BUSY, IDLE, KICKS, REQUEST, SAMPLE
+from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
 from waveos.jit import as_pointer, jit
 from waveos.outcome import Outcome
 from waveos.record import VERSION
@@ -43,14 +43,14 @@ from waveos.sched.laws import (
 from waveos.sched.records import KICKED, MESSAGE, PREEMPT, SUBSYSTEM
 from waveos.trace import TRACE_EVENT, RunEnd, TraceKind
 
-COMMITTED, STALE, TARGET_GONE, NOT_RUNNABLE, ON_CPU, SUPERSEDED, INVALID = (
+COMMITTED, STALE, NOT_RUNNABLE, ON_CPU, SUPERSEDED, INVALID, CONGESTED = (
     int(Outcome.COMMITTED),
     int(Outcome.STALE),
-    int(Outcome.TARGET_GONE),
     int(Outcome.TARGET_NOT_RUNNABLE),
     int(Outcome.TARGET_ON_CPU),
     int(Outcome.SUPERSEDED),
     int(Outcome.INVALID),
+    int(Outcome.CONGESTED),
 )
 (
     T_RUN_BEGIN,
@@ -143,19 +143,18 @@ def _keep(m: Any, record: Any) -> None:
 @jit
 def _enqueue(m: Any, visible_ns: int) -> bool:
     """Put the scratch record into the queue, by the time the agent can see it. A full queue loses it, and that is counted."""
-    capacity = m.up_cap
     visible_ns = max(visible_ns, m.up_floor_ns)
-    if m.lost or m.up_tail - m.up_head >= capacity:
+    if m.lost or m.up_tail - m.up_head >= m.up_cap:
         m.lost = 1
         m.overflowed += 1
         return False
     at = m.up_tail
-    while at > m.up_head and m.up_visible_ns[(at - 1) % capacity] > visible_ns:
-        m.up[at % capacity] = m.up[(at - 1) % capacity]
-        m.up_visible_ns[at % capacity] = m.up_visible_ns[(at - 1) % capacity]
+    while at > m.up_head and m.up_visible_ns[(at - 1) & (UP - 1)] > visible_ns:
+        m.up[at & (UP - 1)] = m.up[(at - 1) & (UP - 1)]
+        m.up_visible_ns[at & (UP - 1)] = m.up_visible_ns[(at - 1) & (UP - 1)]
         at -= 1
-    m.up[at % capacity] = m.note
-    m.up_visible_ns[at % capacity] = visible_ns
+    m.up[at & (UP - 1)] = m.note
+    m.up_visible_ns[at & (UP - 1)] = visible_ns
     m.up_tail += 1
     return True
 
@@ -208,7 +207,7 @@ def _wake_agent(m: Any) -> None:
     """The agent's next look: when it is free and something is visible, or when a timer is due."""
     due = NEVER
     if m.up_tail > m.up_head:
-        due = max(m.agent_free_ns, m.up_visible_ns[m.up_head % m.up_cap])
+        due = max(m.agent_free_ns, m.up_visible_ns[m.up_head & (UP - 1)])
     if m.runtime.next_timer_ns < due:
         due = max(m.agent_free_ns, m.runtime.next_timer_ns)
     set_due(m.clock, AGENT, due)
@@ -238,7 +237,9 @@ def _commit(m: Any, at_ns: int, own_cpu: int) -> Any:
         d = rt.out[i]
         cpu = int(d.cpu)
         c = m.cpu[cpu]
-        if d.type != KICK:
+        if d.type != KICK and c.down_n == DOWN:
+            _send_outcome(m, d, CONGESTED, cpu, now - d.time_ns, now)
+        elif d.type != KICK:
             now += cost.agent_write_ns
             m.down[cpu, c.down_n] = d
             m.down_visible_ns[cpu, c.down_n] = now
@@ -271,11 +272,10 @@ def _arm_kick(m: Any, cpu: int) -> None:
 def _run_agent(m: Any, now_ns: int) -> None:
     """The agent drains what it can see, decides, and commits."""
     cost = m.cost
-    capacity = m.up_cap
     now = now_ns
     n = 0
-    while n < BATCH and m.up_tail > m.up_head and m.up_visible_ns[m.up_head % capacity] <= now_ns:
-        record = m.up[m.up_head % capacity]
+    while n < BATCH and m.up_tail > m.up_head and m.up_visible_ns[m.up_head & (UP - 1)] <= now_ns:
+        record = m.up[m.up_head & (UP - 1)]
         now += cost.agent_read_ns + cost.message_ns
         if m.trace_until_ns:
             _draw(m, now, T_SEEN, record.cpu, record.tid, record.type, 0)
@@ -284,6 +284,8 @@ def _run_agent(m: Any, now_ns: int) -> None:
         n += 1
         if not feed(m.runtime, record):
             return
+    if m.up_head == m.up_tail:
+        m.up_head = m.up_tail = 0  # the same few cache lines serve a queue that is short
     _settle(m, now)
     decided = m.runtime.made
     now = _commit(m, now, -1)
@@ -321,7 +323,7 @@ def _resync(m: Any, at_ns: int) -> None:
         if m.thread[tid].state == RUNNABLE:
             now = _send(m, THREAD_RUNNABLE, tid, -1, 0, now)
     m.waker_free_ns = now + cost.flush_ns
-    m.up_floor_ns = m.up_visible_ns[(m.up_tail - 1) % m.up_cap]  # what is told from now on does not overtake the replay
+    m.up_floor_ns = m.up_visible_ns[(m.up_tail - 1) & (UP - 1)]  # what is told from now on does not overtake the replay
 
 
 # ── host: a CPU between two threads ──────────────────────────────────────────────────────────────────────────────────
@@ -462,10 +464,10 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     m.link_stall_ns += now - before
     c.tid = -1
     _next_thread(m, cpu, now, now_ns)
-    m.free[m.free_tail % m.threads] = tid
-    m.free_tail += 1
+    m.free[m.free_n] = tid
+    m.free_n += 1
     if m.backlog_tail > m.backlog_head:
-        request = m.backlog[m.backlog_head % m.backlog_cap]
+        request = m.backlog[m.backlog_head & (BACKLOG - 1)]
         m.backlog_head += 1
         _wake(m, request.arrival_ns, request.request_class, request.service_ns, request.number, now)
     if not cost.inline:
@@ -564,8 +566,12 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
 def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: int) -> None:
     """Give a request to a free thread and make that runnable. The waker does one at a time."""
     cost = m.cost
-    tid = int(m.free[m.free_head % m.threads])
-    m.free_head += 1
+    m.free_n -= 1
+    tid = int(m.free[m.free_n])
+    if m.free_n and m.thread[tid].ready_ns > at_ns:  # it is about to tell that it has blocked: take the one before
+        other = int(m.free[m.free_n - 1])
+        m.free[m.free_n - 1] = tid
+        tid = other
     t = m.thread[tid]
     begin = max(at_ns, m.waker_free_ns, t.ready_ns)  # not before the thread is known to have blocked
     now = begin + cost.wake_ns
@@ -615,10 +621,10 @@ def _arrive(m: Any, now_ns: int) -> None:
         service = draw_service_ns(m.streams, m.classes[k], m.samples_at, m.samples_n)
     number = m.arrived
     m.arrived += 1
-    if m.free_tail > m.free_head and m.backlog_tail == m.backlog_head:
+    if m.free_n and m.backlog_tail == m.backlog_head:
         _wake(m, now_ns, k, service, number, now_ns)
     elif m.backlog_tail - m.backlog_head < m.backlog_cap:
-        q = m.backlog[m.backlog_tail % m.backlog_cap]
+        q = m.backlog[m.backlog_tail & (BACKLOG - 1)]
         q.arrival_ns, q.service_ns, q.request_class, q.number = now_ns, service, k, number
         m.backlog_tail += 1
     else:
@@ -686,7 +692,7 @@ def count_unfinished(machine: Any) -> None:
             m.sums[k] += m.now_ns - t.arrival_ns
             m.done[k, 2] += 1
     for i in range(m.backlog_head, m.backlog_tail):
-        q = m.backlog[i % m.backlog_cap]
+        q = m.backlog[i & (BACKLOG - 1)]
         if m.warmup_ns <= q.arrival_ns < m.stop_ns:
             count_ns(m.latency[q.request_class], m.now_ns - q.arrival_ns)
             m.sums[q.request_class] += m.now_ns - q.arrival_ns

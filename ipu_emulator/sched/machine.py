@@ -12,7 +12,7 @@ from waveos.sched.records import DECISION, MAX_CPUS, MAX_THREADS, MESSAGE
 
 IDLE, BUSY = 0, 1
 DOWN = 8
-"""Decisions that one CPU's queue holds; more are an error of the runtime, which keeps fewer outstanding."""
+"""Decisions that one CPU's queue holds; the runtime keeps fewer outstanding, and one more is refused as congested."""
 KICKS = 16
 """Doorbells on their way to one CPU; further ones merge with the last, as an interrupt's pending bit does."""
 BATCH = 64
@@ -105,8 +105,7 @@ MACHINE = np.dtype(
         ("overflowed", "i8"),
         ("lost", "i8"),  # messages were lost and the host has not replayed its state yet
         ("resyncs", "i8"),
-        ("free_head", "i8"),
-        ("free_tail", "i8"),
+        ("free_n", "i8"),
         ("backlog_head", "i8"),
         ("backlog_tail", "i8"),
         ("refused", "i8"),  # requests that found the socket queue full
@@ -161,7 +160,7 @@ MACHINE = np.dtype(
         ("ages", "i8", (2, BINS)),  # of the state behind committed, and behind stale decisions
         ("ready", "i8", (BINS,)),  # runnable until its switch is done
         ("thread", HOST_THREAD, (MAX_THREADS,)),
-        ("free", "i8", (MAX_THREADS,)),  # ring of threads without a request
+        ("free", "i8", (MAX_THREADS,)),  # threads without a request; the one freed last, whose caches are warm, is used first
         ("backlog", REQUEST, (BACKLOG,)),  # ring: the socket queue
         ("up_visible_ns", "i8", (UP,)),
         ("up", MESSAGE, (UP,)),  # ring, by the time messages become visible
