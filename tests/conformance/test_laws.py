@@ -21,8 +21,8 @@ finally:
 MUTATIONS = {
     "a CPU that went idle before its decision came is not kicked": ("_emit(rt, KICK, -1, cpu, KICKED)", "pass"),
     "an idle CPU's doorbell is not rung": (
-        "    c.staged_kicked[c.staged] = flags != 0\n",
-        "    c.staged_kicked[c.staged] = 1\n    flags &= PREEMPT\n",
+        "    elif c.idle and not c.kicked:\n        flags = KICKED\n",
+        "    elif c.idle and not c.kicked:\n        c.kicked = 1\n",
     ),
     "a thread is not offered again after a failed transaction": ("_offer(rt, tid, cpu, TXN_FAILED, 1, outcome, m.time_ns)", "pass"),
     "a thread staged behind a busy CPU is not offered to an idle one": ("                    _restage(rt, cpu)\n", "                    pass\n"),
