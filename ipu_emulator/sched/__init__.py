@@ -17,7 +17,7 @@ import numpy as np
 from waveos.errors import ConfigError
 from waveos.ipu_emulator import arrivals
 from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
-from waveos.ipu_emulator.clock import reset_clock
+from waveos.ipu_emulator.clock import NEVER, reset_clock
 from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.ipu_emulator.sched import fair
@@ -165,7 +165,8 @@ class Simulation:
         self.machine = np.zeros(1, MACHINE)
         m = self.machine
         make_runtime(self.bound, cpus=cpus, threads=setup.threads, ahead=int(prestage and not inline), watch=watch, into=m["runtime"])
-        reset_clock(m["clock"], 2 + 2 * cpus)
+        reset_clock(m["clock"], 2 * cpus)
+        m["agent_due_ns"] = m["next_arrival_ns"] = NEVER
         m["cost"], m["cpus"], m["threads"], m["up_cap"], m["backlog_cap"] = costs[0], cpus, setup.threads, setup.queue, setup.backlog
         m["warmup_ns"], m["stop_ns"] = setup.warmup_ns, setup.warmup_ns + setup.duration_ns
         m["end_ns"] = int((setup.warmup_ns + setup.duration_ns) * (1 + _DRAIN_SHARE))

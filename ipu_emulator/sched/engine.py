@@ -68,7 +68,6 @@ COMMITTED, STALE, NOT_RUNNABLE, ON_CPU, SUPERSEDED, INVALID, CONGESTED = (
     T_AGENT_END,
 ) = map(int, TraceKind)
 END_BLOCKED, END_PREEMPTED = int(RunEnd.BLOCKED), int(RunEnd.PREEMPTED)
-ARRIVALS, AGENT, CPUS = 0, 1, 2
 RUNNING_ON, FINISHED, POLICY_FAILED = 0, 1, 2
 
 
@@ -83,7 +82,7 @@ def _draw(m: Any, time_ns: int, kind: int, cpu: int, tid: int, value: int, extra
 
 @jit
 def _trace(m: Any, time_ns: int, kind: int, cpu: int, tid: int, value: int, extra: int) -> None:
-    """Mix an event into the run's hash, and write it down inside the trace's window."""
+    """Mix an event that settles something (a start, an end, a refusal) into the run's hash, and write it down inside the trace's window."""
     word = np.uint64(time_ns) ^ (np.uint64(kind) << np.uint64(58)) ^ (np.uint64(cpu + 1) << np.uint64(44)) ^ (np.uint64(tid + 1) << np.uint64(24))
     m.hash = (m.hash ^ word ^ (np.uint64(value) << np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
     m.hash ^= m.hash >> np.uint64(29)
@@ -118,9 +117,8 @@ def _finish_ns(cost: Any, begin_ns: int, work_ns: int) -> Any:
 
 
 @jit
-def _write_note(m: Any, kind: int, tid: int, cpu: int, front: int, time_ns: int) -> None:
-    """Fill the scratch record with a message about a thread and a CPU as they are now."""
-    n = m.note
+def _fill(m: Any, n: Any, kind: int, tid: int, cpu: int, front: int, time_ns: int) -> None:
+    """Make record `n` a message about a thread and a CPU as they are now."""
     n.mark, n.version, n.subsystem, n.type = 0, VERSION, SUBSYSTEM, kind
     n.time_ns, n.tid, n.cpu, n.front, n.outcome = time_ns, tid, cpu, front, 0
     n.cpu_seq = m.cpu[cpu].seq if cpu >= 0 else 0
@@ -141,64 +139,76 @@ def _keep(m: Any, record: Any) -> None:
 
 
 @jit
-def _enqueue(m: Any, visible_ns: int) -> bool:
-    """Put the scratch record into the queue, by the time the agent can see it. A full queue loses it, and that is counted."""
+def _claim(m: Any, visible_ns: int) -> Any:
+    """Room for a message in the queue, by the time the agent can see it: an index of `up`. -1: the queue is full, the message lost, and counted.
+
+    The caller writes the message where it will be read: copying a record that was just written field by field stalls the core that simulates.
+    """
     visible_ns = max(visible_ns, m.up_floor_ns)
     if m.lost or m.up_tail - m.up_head >= m.up_cap:
         m.lost = 1
         m.overflowed += 1
-        return False
+        return -1
     at = m.up_tail
     while at > m.up_head and m.up_visible_ns[(at - 1) & (UP - 1)] > visible_ns:
         m.up[at & (UP - 1)] = m.up[(at - 1) & (UP - 1)]
         m.up_visible_ns[at & (UP - 1)] = m.up_visible_ns[(at - 1) & (UP - 1)]
         at -= 1
-    m.up[at & (UP - 1)] = m.note
     m.up_visible_ns[at & (UP - 1)] = visible_ns
     m.up_tail += 1
-    return True
+    return at & (UP - 1)
 
 
 @jit
 def _send(m: Any, kind: int, tid: int, cpu: int, front: int, at_ns: int) -> Any:
     """Write one message at `at_ns`; returns when the core is done with the write. The batch is flushed by `_flush`."""
     cost = m.cost
-    _write_note(m, kind, tid, cpu, front, at_ns)
     if cost.inline:
+        _fill(m, m.note, kind, tid, cpu, front, at_ns)
         _keep(m, m.note)
         feed(m.runtime, m.note)
         return at_ns
     done = at_ns + cost.write_ns
-    _enqueue(m, done + cost.flush_ns + cost.wire_ns)
+    room = _claim(m, done + cost.flush_ns + cost.wire_ns)
+    if room >= 0:
+        _fill(m, m.up[room], kind, tid, cpu, front, at_ns)
     if m.trace_until_ns:
         _draw(m, at_ns, T_SENT, cpu, tid, kind, 0)
     return done
 
 
 @jit
+def _fill_outcome(m: Any, n: Any, txn: Any, outcome: int, cpu: int, age_ns: int, time_ns: int) -> None:
+    """Make record `n` the outcome of a decision record."""
+    n.mark, n.version, n.subsystem, n.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
+    n.seq = m.thread[txn.tid].seq if txn.tid >= 0 else 0
+    n.time_ns, n.tid, n.cpu, n.front, n.outcome, n.cpu_seq = time_ns, txn.tid, cpu, 0, outcome, m.cpu[cpu].seq
+    n.request_class, n.qos = 0, 0
+    n.deadline_ns, n.work_ns, n.ran_ns = txn.txn, age_ns, 0  # the fields `txn` and `age_ns` of OUTCOME
+
+
+@jit
 def _send_outcome(m: Any, txn: Any, outcome: int, cpu: int, age_ns: int, at_ns: int) -> Any:
     """Report what became of a decision record; returns when the core is done with the write."""
     cost = m.cost
-    n = m.note
     tid = int(txn.tid)
-    n.mark, n.version, n.subsystem, n.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
-    n.seq = m.thread[tid].seq if tid >= 0 else 0
-    n.time_ns, n.tid, n.cpu, n.front, n.outcome, n.cpu_seq = at_ns, tid, cpu, 0, outcome, m.cpu[cpu].seq
-    n.request_class, n.qos = 0, 0
-    n.deadline_ns, n.work_ns, n.ran_ns = txn.txn, age_ns, 0  # the fields `txn` and `age_ns` of OUTCOME
     m.outcomes[outcome] += 1
     if outcome != COMMITTED:
         count_ns(m.ages[1], age_ns)
         _trace(m, at_ns, T_REFUSED, cpu, tid, outcome, txn.txn)
     elif txn.type == RUN:
         count_ns(m.ages[0], age_ns)
-        _trace(m, at_ns, T_APPLIED, cpu, tid, age_ns, txn.txn)
+        if m.trace_until_ns:
+            _draw(m, at_ns, T_APPLIED, cpu, tid, age_ns, txn.txn)
     if cost.inline:
-        _keep(m, n)
-        feed(m.runtime, n)
+        _fill_outcome(m, m.note, txn, outcome, cpu, age_ns, at_ns)
+        _keep(m, m.note)
+        feed(m.runtime, m.note)
         return at_ns
     done = at_ns + cost.write_ns
-    _enqueue(m, done + cost.flush_ns + cost.wire_ns)
+    room = _claim(m, done + cost.flush_ns + cost.wire_ns)
+    if room >= 0:
+        _fill_outcome(m, m.up[room], txn, outcome, cpu, age_ns, at_ns)
     return done
 
 
@@ -210,7 +220,7 @@ def _wake_agent(m: Any) -> None:
         due = max(m.agent_free_ns, m.up_visible_ns[m.up_head & (UP - 1)])
     if m.runtime.next_timer_ns < due:
         due = max(m.agent_free_ns, m.runtime.next_timer_ns)
-    set_due(m.clock, AGENT, due)
+    m.agent_due_ns = due
 
 
 # ── agent ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,6 +233,13 @@ def _settle(m: Any, now_ns: int) -> None:
     n.version, n.subsystem, n.type, n.time_ns, n.tid, n.cpu = VERSION, SUBSYSTEM, BATCH_END, now_ns, -1, -1
     _keep(m, n)
     feed(m.runtime, n)
+
+
+@jit
+def _copy(to: Any, d: Any) -> None:
+    """Copy a decision that was just written, field by field as it was written."""
+    to.mark, to.version, to.subsystem, to.type, to.seq, to.time_ns = d.mark, d.version, d.subsystem, d.type, d.seq, d.time_ns
+    to.tid, to.cpu, to.flags, to.cpu_seq, to.txn, to.decided_ns, to.spare = d.tid, d.cpu, d.flags, d.cpu_seq, d.txn, d.decided_ns, d.spare
 
 
 @jit
@@ -241,10 +258,11 @@ def _commit(m: Any, at_ns: int, own_cpu: int) -> Any:
             _send_outcome(m, d, CONGESTED, cpu, now - d.time_ns, now)
         elif d.type != KICK:
             now += cost.agent_write_ns
-            m.down[cpu, c.down_n] = d
+            _copy(m.down[cpu, c.down_n], d)
             m.down_visible_ns[cpu, c.down_n] = now
             c.down_n += 1
-            _trace(m, now, T_MADE, cpu, d.tid, d.type, d.txn)
+            if m.trace_until_ns:
+                _draw(m, now, T_MADE, cpu, d.tid, d.type, d.txn)
         if d.flags & KICKED and cpu != own_cpu:
             now += cost.kick_send_ns
             if m.trace_until_ns:
@@ -265,7 +283,7 @@ def _arm_kick(m: Any, cpu: int) -> None:
     due = NEVER
     if c.kick_n:
         due = max(m.kick_ns[cpu, 0], c.free_ns)
-    set_due(m.clock, CPUS + m.cpus + cpu, due)
+    set_due(m.clock, m.cpus + cpu, due)
 
 
 @jit
@@ -308,8 +326,7 @@ def _resync(m: Any, at_ns: int) -> None:
     m.lost = 0
     m.resyncs += 1
     now = max(at_ns, m.waker_free_ns)
-    _write_note(m, RESYNC, -1, -1, 0, now)
-    _enqueue(m, now)
+    now = _send(m, RESYNC, -1, -1, 0, now)
     for tid in range(m.threads):
         if m.thread[tid].state != BLOCKED:
             now = _send(m, THREAD_NEW, tid, -1, 0, now)
@@ -373,7 +390,7 @@ def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     c.tid, c.state, c.start_ns, c.free_ns, c.left_ns, c.ran_before_ns = txn.tid, BUSY, now, now, t.work_ns, t.ran_ns
     count_ns(m.ready, now - t.ready_ns)
     _trace(m, now, T_RUN_BEGIN, cpu, txn.tid, t.request_class, t.request)
-    set_due(m.clock, CPUS + cpu, _finish_ns(cost, now, t.work_ns))
+    set_due(m.clock, cpu, _finish_ns(cost, now, t.work_ns))
 
 
 @jit
@@ -426,8 +443,9 @@ def _next_thread(m: Any, cpu: int, at_ns: int, seen_ns: int) -> None:
         now = _send(m, CPU_IDLE, -1, cpu, 0, now) + cost.flush_ns
         m.link_stall_ns += now - before
     c.free_ns = now
-    set_due(m.clock, CPUS + cpu, NEVER)
-    _trace(m, now, T_IDLE, cpu, -1, 0, 0)
+    set_due(m.clock, cpu, NEVER)
+    if m.trace_until_ns:
+        _draw(m, now, T_IDLE, cpu, -1, 0, 0)
     _arm_kick(m, cpu)
 
 
@@ -532,7 +550,7 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
     t.work_ns = c.left_ns
     if chosen < 0 or c.left_ns == 0:
         c.start_ns, c.free_ns = now, now
-        set_due(m.clock, CPUS + cpu, _finish_ns(cost, now, c.left_ns))
+        set_due(m.clock, cpu, _finish_ns(cost, now, c.left_ns))
         _arm_kick(m, cpu)
         return
     m.preemptions += 1
@@ -608,7 +626,6 @@ def _plan_arrival(m: Any) -> None:
     if due >= m.stop_ns:
         due = NEVER
     m.next_arrival_ns = due
-    set_due(m.clock, ARRIVALS, due)
 
 
 @jit
@@ -656,23 +673,23 @@ def advance(machine: Any, events: int) -> Any:
     inline = m.cost.inline != 0
     for _ in range(events):
         slot = first_due(m.clock)
-        now = m.clock.time_ns[slot]
+        now = min(m.clock.time_ns[slot], m.agent_due_ns, m.next_arrival_ns)
         if now >= m.end_ns:
             return FINISHED
         m.now_ns = now
         m.events += 1
-        if slot == ARRIVALS:
+        if m.next_arrival_ns == now:
             _arrive(m, now)
-        elif slot == AGENT:
+        elif m.agent_due_ns == now:
             if inline:
                 _settle(m, now)
                 _commit(m, now, -1)
             else:
                 _run_agent(m, now)
-        elif slot < CPUS + cpus:
-            _done(m, slot - CPUS, now)
+        elif slot < cpus:
+            _done(m, slot, now)
         else:
-            _doorbell(m, slot - CPUS - cpus, now)
+            _doorbell(m, slot - cpus, now)
         if inline:
             _wake_agent(m)
         if m.runtime.failed:

@@ -91,6 +91,7 @@ MACHINE = np.dtype(
     [
         ("now_ns", "i8"),
         ("next_arrival_ns", "i8"),
+        ("agent_due_ns", "i8"),  # when the agent looks next; arrivals and agent change at most events, so they are not in the clock's tree
         ("arrival_f", "f8"),  # the same before rounding, so that rounding does not add up
         ("mean_gap_ns", "f8"),
         ("warmup_ns", "i8"),
@@ -147,7 +148,7 @@ MACHINE = np.dtype(
         ("threads", "i8"),
         ("note", MESSAGE),  # scratch
         ("end_note", MESSAGE),
-        ("clock", CLOCK),  # slots: 0 arrivals, 1 agent, 2.. CPUs' threads, 2+cpus.. CPUs' doorbells
+        ("clock", CLOCK),  # slots: 0.. CPUs' threads, cpus.. CPUs' doorbells
         ("outcomes", "i8", (OUTCOMES,)),
         ("done", "i8", (MAX_CLASSES, 3)),  # arrived and done in the counting window; done in it; left unfinished at the end
         ("sums", "f8", (MAX_CLASSES,)),  # sojourn ns, summed
