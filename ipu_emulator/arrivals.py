@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from waveos.jit import as_pointer, jit
+from waveos.jit import as_pointer, jit, jit_inline
 
 FIXED, EXPONENTIAL, ERLANG, HYPEREXPONENTIAL, LOGNORMAL, SAMPLES = range(6)
 PHASES = 8
@@ -43,7 +43,7 @@ def seed_streams(seed: int) -> np.ndarray[Any, Any]:
     return np.random.SeedSequence(seed).generate_state(STREAMS, np.uint64)
 
 
-@jit
+@jit_inline
 def uniform(streams: Any, stream: int) -> Any:
     """A number in (0, 1]."""
     streams[stream] += np.uint64(0x9E3779B97F4A7C15)
@@ -54,13 +54,13 @@ def uniform(streams: Any, stream: int) -> Any:
     return (float(z >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
 
 
-@jit
+@jit_inline
 def exponential(streams: Any, stream: int) -> Any:
     """Exponential with mean 1."""
     return -math.log(uniform(streams, stream))
 
 
-@jit
+@jit_inline
 def draw_class(streams: Any, classes: Any, count: int) -> Any:
     """A class by its share."""
     if count == 1:

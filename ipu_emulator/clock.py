@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from waveos.jit import jit
+from waveos.jit import jit_inline
 
 NEVER = 1 << 62
 
@@ -33,7 +33,7 @@ def reset_clock(clock: np.ndarray[Any, Any], slots: int) -> None:
         winner[node] = winner[2 * node]
 
 
-@jit
+@jit_inline
 def set_due(clock: Any, slot: int, time_ns: int) -> None:
     """Slot `slot` is due at `time_ns`; NEVER: not at all."""
     if clock.time_ns[slot] == time_ns:
@@ -49,7 +49,7 @@ def set_due(clock: Any, slot: int, time_ns: int) -> None:
         node >>= 1
 
 
-@jit
+@jit_inline
 def first_due(clock: Any) -> Any:
     """The slot that is due first; its instant is `clock.time_ns[slot]`."""
     return clock.winner[1]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numba.cpython.unsafe.numbers import leading_zeros
 
-from waveos.jit import jit
+from waveos.jit import jit_inline
 
 _BITS = 8
 BINS = (63 - _BITS) << _BITS
 
 
-@jit
+@jit_inline
 def count_ns(histogram: Any, value_ns: int) -> None:
     """Count one value, 0 or more."""
     v = max(0, value_ns)

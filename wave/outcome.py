@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from waveos.meaning import Told
 
 
-class Outcome(IntEnum):
+class Outcome(Told):
     """One member a reason, each with its one-line meaning in `meaning`."""
-
-    meaning: str
-
-    def __new__(cls, value: int, meaning: str = "") -> Outcome:
-        member = int.__new__(cls, value)
-        member._value_ = value
-        member.meaning = meaning
-        return member
 
     COMMITTED = 0, "applied, whole"
     STALE = 1, "made on a state that has changed since: the sequence number has moved on; nothing was applied"

@@ -7,24 +7,17 @@ A trace is one structured array of dtype `TRACE_EVENT`, in any order of time. It
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Self
 
 import numpy as np
+
+from waveos.meaning import Told
 
 TRACE_EVENT: np.dtype[np.void] = np.dtype([("time_ns", "<i8"), ("kind", "<i8"), ("cpu", "<i4"), ("tid", "<i4"), ("value", "<i8"), ("extra", "<i8")])
 """One event, 40 bytes. `tid` is -1 where no thread is meant; what `cpu`, `value` and `extra` hold is said at each `TraceKind`."""
 
 
-class TraceKind(IntEnum):
+class TraceKind(Told):
     """One member a kind of event; `meaning` says what happened and what `value` and `extra` hold."""
-
-    meaning: str
-
-    def __new__(cls, value: int, meaning: str) -> Self:
-        member = int.__new__(cls, value)
-        member._value_ = value
-        member.meaning = meaning
-        return member
 
     RUN_BEGIN = 1, "host `cpu` starts or resumes `tid`; value: its request class; extra: the request's number, -1 if it has none"
     RUN_END = 2, "host `cpu` stops running `tid`; value: why, a RunEnd; extra: ns run since RUN_BEGIN"

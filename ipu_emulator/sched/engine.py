@@ -19,7 +19,7 @@ from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, e
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
 from waveos.ipu_emulator.histogram import count_ns
 from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
-from waveos.jit import as_pointer, jit
+from waveos.jit import as_pointer, jit, jit_inline
 from waveos.outcome import Outcome
 from waveos.record import VERSION
 from waveos.sched.laws import (
@@ -80,7 +80,7 @@ def _draw(m: Any, time_ns: int, kind: int, cpu: int, tid: int, value: int, extra
         m.trace_n += 1
 
 
-@jit
+@jit_inline
 def _trace(m: Any, time_ns: int, kind: int, cpu: int, tid: int, value: int, extra: int) -> None:
     """Mix an event that settles something (a start, an end, a refusal) into the run's hash, and write it down inside the trace's window."""
     word = np.uint64(time_ns) ^ (np.uint64(kind) << np.uint64(58)) ^ (np.uint64(cpu + 1) << np.uint64(44)) ^ (np.uint64(tid + 1) << np.uint64(24))
@@ -90,7 +90,7 @@ def _trace(m: Any, time_ns: int, kind: int, cpu: int, tid: int, value: int, extr
         _draw(m, time_ns, kind, cpu, tid, value, extra)
 
 
-@jit
+@jit_inline
 def _ticks(cost: Any, begin_ns: int, end_ns: int) -> Any:
     """Timer ticks of a busy core in (begin, end]."""
     if cost.tick_period_ns == 0:
@@ -98,7 +98,7 @@ def _ticks(cost: Any, begin_ns: int, end_ns: int) -> Any:
     return end_ns // cost.tick_period_ns - begin_ns // cost.tick_period_ns
 
 
-@jit
+@jit_inline
 def _finish_ns(cost: Any, begin_ns: int, work_ns: int) -> Any:
     """When work that begins now is done, ticks included."""
     end = begin_ns + work_ns
@@ -116,7 +116,7 @@ def _finish_ns(cost: Any, begin_ns: int, work_ns: int) -> Any:
 # ── host to agent ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@jit
+@jit_inline
 def _fill(m: Any, n: Any, kind: int, tid: int, cpu: int, front: int, time_ns: int) -> None:
     """Make record `n` a message about a thread and a CPU as they are now."""
     n.mark, n.version, n.subsystem, n.type = 0, VERSION, SUBSYSTEM, kind
@@ -130,7 +130,7 @@ def _fill(m: Any, n: Any, kind: int, tid: int, cpu: int, front: int, time_ns: in
         n.seq, n.request_class, n.qos, n.deadline_ns, n.work_ns, n.ran_ns = 0, 0, 0, 0, 0, 0
 
 
-@jit
+@jit_inline
 def _keep(m: Any, record: Any) -> None:
     """Write down what the runtime is fed, for replay."""
     if m.record_n < m.record_cap:
@@ -138,7 +138,7 @@ def _keep(m: Any, record: Any) -> None:
         m.record_n += 1
 
 
-@jit
+@jit_inline
 def _claim(m: Any, visible_ns: int) -> Any:
     """Room for a message in the queue, by the time the agent can see it: an index of `up`. -1: the queue is full, the message lost, and counted.
 
@@ -161,7 +161,7 @@ def _claim(m: Any, visible_ns: int) -> Any:
 
 @jit
 def _send(m: Any, kind: int, tid: int, cpu: int, front: int, at_ns: int) -> Any:
-    """Write one message at `at_ns`; returns when the core is done with the write. The batch is flushed by `_flush`."""
+    """Write one message at `at_ns`; returns when the core is done with the write. The caller charges the flush of a batch."""
     cost = m.cost
     if cost.inline:
         _fill(m, m.note, kind, tid, cpu, front, at_ns)
@@ -177,7 +177,7 @@ def _send(m: Any, kind: int, tid: int, cpu: int, front: int, at_ns: int) -> Any:
     return done
 
 
-@jit
+@jit_inline
 def _fill_outcome(m: Any, n: Any, txn: Any, outcome: int, cpu: int, age_ns: int, time_ns: int) -> None:
     """Make record `n` the outcome of a decision record."""
     n.mark, n.version, n.subsystem, n.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
@@ -212,7 +212,7 @@ def _send_outcome(m: Any, txn: Any, outcome: int, cpu: int, age_ns: int, at_ns: 
     return done
 
 
-@jit
+@jit_inline
 def _wake_agent(m: Any) -> None:
     """The agent's next look: when it is free and something is visible, or when a timer is due."""
     due = NEVER
@@ -226,7 +226,7 @@ def _wake_agent(m: Any) -> None:
 # ── agent ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@jit
+@jit_inline
 def _settle(m: Any, now_ns: int) -> None:
     """The batch is drained: let the runtime decide at `now_ns`."""
     n = m.end_note
@@ -235,14 +235,14 @@ def _settle(m: Any, now_ns: int) -> None:
     feed(m.runtime, n)
 
 
-@jit
+@jit_inline
 def _copy(to: Any, d: Any) -> None:
     """Copy a decision that was just written, field by field as it was written."""
     to.mark, to.version, to.subsystem, to.type, to.seq, to.time_ns = d.mark, d.version, d.subsystem, d.type, d.seq, d.time_ns
     to.tid, to.cpu, to.flags, to.cpu_seq, to.txn, to.decided_ns, to.spare = d.tid, d.cpu, d.flags, d.cpu_seq, d.txn, d.decided_ns, d.spare
 
 
-@jit
+@jit_inline
 def _commit(m: Any, at_ns: int, own_cpu: int) -> Any:
     """Write the runtime's decisions into the CPUs' queues and ring doorbells; returns when the core is done.
 
@@ -276,7 +276,7 @@ def _commit(m: Any, at_ns: int, own_cpu: int) -> Any:
     return now
 
 
-@jit
+@jit_inline
 def _arm_kick(m: Any, cpu: int) -> None:
     """The doorbell is taken when it arrives, or when the CPU leaves the kernel."""
     c = m.cpu[cpu]
@@ -346,7 +346,7 @@ def _resync(m: Any, at_ns: int) -> None:
 # ── host: a CPU between two threads ──────────────────────────────────────────────────────────────────────────────────
 
 
-@jit
+@jit_inline
 def _check(m: Any, txn: Any) -> Any:
     """What the host's half says to a decision to run a thread, before anything is applied."""
     tid = int(txn.tid)
@@ -362,7 +362,7 @@ def _check(m: Any, txn: Any) -> Any:
     return COMMITTED
 
 
-@jit
+@jit_inline
 def _drop_down(m: Any, cpu: int, index: int) -> None:
     """Take one decision out of a CPU's queue."""
     c = m.cpu[cpu]
@@ -372,7 +372,7 @@ def _drop_down(m: Any, cpu: int, index: int) -> None:
     c.down_n -= 1
 
 
-@jit
+@jit_inline
 def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     """Commit: the thread goes onto the CPU. `at_ns`: the check is done, the report is not."""
     cost = m.cost

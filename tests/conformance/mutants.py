@@ -24,10 +24,12 @@ def interpret_laws(old: str = "", new: str = "") -> dict[str, Any]:
         if source.count(old) != 1:  # no AssertionError: that is what a broken law raises
             raise LookupError(f"{old!r} is {source.count(old)} times in {laws.__file__}: mend this test")
         source = source.replace(old, new)
-    assert "import as_pointer, call_dispatch, jit, store_word\n" in source
+    assert "import as_pointer, call_dispatch, jit, jit_inline, store_word\n" in source
     # A module of its own name in sys.modules is what dataclasses and pickles look for; nothing here needs it.
     space: dict[str, Any] = {"__name__": "interpreted_laws", "__file__": laws.__file__}
-    source = source.replace("from waveos.jit import as_pointer, call_dispatch, jit, store_word\n", "jit = lambda function: function\n")
+    source = source.replace(
+        "from waveos.jit import as_pointer, call_dispatch, jit, jit_inline, store_word\n", "jit = jit_inline = lambda function: function\n"
+    )
     exec(compile(source, laws.__file__, "exec"), space)
     space["store_word"] = lambda address, value: None
     space["as_pointer"] = lambda address: address

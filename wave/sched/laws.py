@@ -24,7 +24,7 @@ import numpy as np
 from numba import carray
 
 from waveos.errors import PolicyError
-from waveos.jit import as_pointer, call_dispatch, jit, store_word
+from waveos.jit import as_pointer, call_dispatch, jit, jit_inline, store_word
 from waveos.outcome import Outcome
 from waveos.policy.bind import Bound
 from waveos.record import VERSION
@@ -213,7 +213,7 @@ def _fail(rt: Any, code: int, tid: int, cpu: int) -> None:
         rt.failed_time_ns = max(rt.basis_ns, rt.now_ns)
 
 
-@jit
+@jit_inline
 def _emit(rt: Any, kind: int, tid: int, cpu: int, flags: int) -> None:
     if rt.made >= OUT:
         _fail(rt, TOO_MANY, tid, cpu)
@@ -227,7 +227,7 @@ def _emit(rt: Any, kind: int, tid: int, cpu: int, flags: int) -> None:
     rt.made += 1
 
 
-@jit
+@jit_inline
 def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
     """Decide that `tid` runs next on `cpu`; `now`: in place of what runs there."""
     c, t = rt.cpu[cpu], rt.thread[tid]
@@ -258,7 +258,7 @@ def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
     _emit(rt, RUN, tid, cpu, flags)
 
 
-@jit
+@jit_inline
 def _apply(rt: Any) -> None:
     """Carry out the orders of the handler that just returned."""
     orders = rt.orders
@@ -296,7 +296,7 @@ def _apply(rt: Any) -> None:
                 rt.next_timer_ns = min(rt.next_timer_ns, c.timer_ns)
 
 
-@jit
+@jit_inline
 def _deliver(rt: Any, kind: int, tid: int, cpu: int, front: int, outcome: int, time_ns: int) -> None:
     """Call the policy's handler for `kind`, if it has one, and carry out what it orders."""
     if rt.failed or not (rt.handlers >> kind) & 1:
@@ -320,7 +320,7 @@ def _deliver(rt: Any, kind: int, tid: int, cpu: int, front: int, outcome: int, t
         _apply(rt)
 
 
-@jit
+@jit_inline
 def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, time_ns: int) -> None:
     """Put a runnable thread into the policy's hands, once."""
     t = rt.thread[tid]
@@ -337,7 +337,7 @@ def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, tim
         _deliver(rt, kind, tid, cpu, front, outcome, time_ns)
 
 
-@jit
+@jit_inline
 def _set_idle(rt: Any, cpu: int, idle: int) -> None:
     """The CPU says that it is idle, or that it no longer is."""
     c = rt.cpu[cpu]
@@ -345,7 +345,7 @@ def _set_idle(rt: Any, cpu: int, idle: int) -> None:
     c.idle = idle
 
 
-@jit
+@jit_inline
 def _leave(rt: Any, tid: int, state: int) -> None:
     """The thread can no longer run."""
     t = rt.thread[tid]
@@ -357,7 +357,7 @@ def _leave(rt: Any, tid: int, state: int) -> None:
     t.state = state
 
 
-@jit
+@jit_inline
 def _vacate(rt: Any, tid: int, cpu: int, cpu_seq: int) -> None:
     """The thread no longer runs on the CPU."""
     if cpu >= 0 and rt.cpu[cpu].running == tid:
@@ -365,7 +365,7 @@ def _vacate(rt: Any, tid: int, cpu: int, cpu_seq: int) -> None:
         c.running, c.timer_ns, c.ordered, c.preempting, c.seq = -1, 0, 0, 0, cpu_seq
 
 
-@jit
+@jit_inline
 def _settle_outcome(rt: Any, m: Any) -> None:
     """One outcome."""
     tid, cpu, outcome = int(m.tid), int(m.cpu), int(m.outcome)
@@ -411,7 +411,7 @@ def _reset(rt: Any) -> None:
     rt.waiting = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = 0
 
 
-@jit
+@jit_inline
 def _ask(rt: Any, cpu: int, ahead: int) -> Any:
     """Ask the policy for a thread for `cpu`; True if it placed one."""
     c = rt.cpu[cpu]
@@ -470,7 +470,7 @@ def _expire_timers(rt: Any) -> None:
                 rt.next_timer_ns = min(rt.next_timer_ns, c.timer_ns)
 
 
-@jit
+@jit_inline
 def _serve_idle(rt: Any) -> None:
     """Ask for every CPU that is idle with nothing on its way, or whose thread is to be replaced."""
     rt.preempting = 0
@@ -495,7 +495,7 @@ def _serve_idle(rt: Any) -> None:
         rt.unserved += 1
 
 
-@jit
+@jit_inline
 def _settle_batch(rt: Any, now_ns: int) -> None:
     """The level-triggered part, after a drained batch."""
     rt.now_ns = max(rt.now_ns, now_ns)

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from waveos.meaning import Told
 from waveos.record import MAX_CPUS as MAX_CPUS
 from waveos.record import MAX_THREADS as MAX_THREADS
 from waveos.record import record
@@ -13,16 +14,8 @@ from waveos.record import record
 SUBSYSTEM = 1
 
 
-class Message(IntEnum):
+class Message(Told):
     """What the host tells the agent; `meaning` says when. A policy handles a message by a method of its lower-case name."""
-
-    meaning: str
-
-    def __new__(cls, value: int, meaning: str = "") -> Message:
-        member = int.__new__(cls, value)
-        member._value_ = value
-        member.meaning = meaning
-        return member
 
     THREAD_NEW = 1, "a thread entered the enclave; if it can run, thread_runnable follows"
     THREAD_RUNNABLE = 2, "the thread can run and is the policy's to place; front=1: it was placed before and that failed, so put it first"
