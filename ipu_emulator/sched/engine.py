@@ -187,7 +187,7 @@ def _fill_outcome(m: Any, n: Any, txn: Any, outcome: int, cpu: int, age_ns: int,
     n.deadline_ns, n.work_ns, n.ran_ns = txn.txn, age_ns, 0  # the fields `txn` and `age_ns` of OUTCOME
 
 
-@jit
+@jit_inline
 def _send_outcome(m: Any, txn: Any, outcome: int, cpu: int, age_ns: int, at_ns: int) -> Any:
     """Report what became of a decision record; returns when the core is done with the write."""
     cost = m.cost
@@ -286,7 +286,7 @@ def _arm_kick(m: Any, cpu: int) -> None:
     set_due(m.clock, m.cpus + cpu, due)
 
 
-@jit
+@jit_inline
 def _run_agent(m: Any, now_ns: int) -> None:
     """The agent drains what it can see, decides, and commits."""
     cost = m.cost
@@ -580,7 +580,7 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
 # ── host: requests ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@jit
+@jit_inline
 def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: int) -> None:
     """Give a request to a free thread and make that runnable. The waker does one at a time."""
     cost = m.cost
@@ -615,7 +615,7 @@ def _traced(m: Any) -> Any:
     return carray(as_pointer(m.arrivals_at), m.arrivals_n, REQUEST)[m.arrived]
 
 
-@jit
+@jit_inline
 def _plan_arrival(m: Any) -> None:
     """When the next request comes."""
     if m.arrivals_n:
@@ -628,7 +628,7 @@ def _plan_arrival(m: Any) -> None:
     m.next_arrival_ns = due
 
 
-@jit
+@jit_inline
 def _arrive(m: Any, now_ns: int) -> None:
     """A request comes in; without a free thread it waits in the socket queue."""
     if m.arrivals_n:
