@@ -175,6 +175,8 @@ def test_a_stale_decision_is_never_applied():
             if m["outcome"] == 0:
                 runnable.remove(tid)  # KeyError: applied twice
     assert stale > 0
+    # Whatever happened to the thread moved its number on: the number alone refuses, and a thread's state is never what saves it.
+    assert result.outcomes["target_on_cpu"] == result.outcomes["target_not_runnable"] == 0
 
 
 def test_what_a_thread_did_is_told_in_the_order_it_did_it():
