@@ -18,7 +18,7 @@ import numpy as np
 from waveos.agents.loop import POLICY_FAILED, serve
 from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.link import MESSAGES, TXNS, open_link
-from waveos.memory import clock_ns
+from waveos.primitives import clock_ns
 from waveos.policy import load_policy
 from waveos.sched.laws import failure, make_runtime
 from waveos.sched.records import MAX_THREADS, MESSAGE

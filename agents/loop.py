@@ -6,7 +6,7 @@ from typing import Any
 
 from waveos import ring
 from waveos.jit import jit
-from waveos.memory import clock_ns, pause
+from waveos.primitives import clock_ns, pause
 from waveos.record import RECORD_WORDS
 from waveos.sched.laws import BATCH_END, feed
 

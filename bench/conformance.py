@@ -20,7 +20,7 @@ from waveos import ring
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, WaveError
 from waveos.link import MESSAGES, open_link
-from waveos.memory import CoherentMemory
+from waveos.primitives import CoherentMemory
 from waveos.policy import load_policy, policy_names
 from waveos.record import VERSION
 from waveos.sched.records import DECISION, MESSAGE, SUBSYSTEM, Message

@@ -34,7 +34,7 @@ from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, WaveError
 from waveos.jit import jit
 from waveos.link.shm import ShmLink
-from waveos.memory import LINE_WORDS, clock_ns, load, pause, store
+from waveos.primitives import LINE_WORDS, clock_ns, load, pause, store
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.record import VERSION

@@ -5,7 +5,7 @@ never, and a fence waits for those flushed alone. A write-through (WT) side's li
 and may be fetched unasked. A write-back (WB) side is a weakly ordered core on its own memory: its stores arrive by themselves, but in any
 order until a fence. A doorbell overtakes whatever is still in a buffer.
 
-The parties are plain functions that use the primitives of `waveos.memory` on a `StrictSide`; each primitive is a point where
+The parties are plain functions that use the primitives of `waveos.primitives` on a `StrictSide`; each primitive is a point where
 the other party or the hardware may go first, as `Choices` say (bytes from hypothesis, then numbers derived from them, so that
 equal bytes give equal runs). After `patience` steps the hardware turns orderly: what was flushed arrives at once, what was not never
 does, and stale stays stale. Who is not done after as many steps again never will be: `Stuck`.

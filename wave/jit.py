@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,13 @@ from numba.extending import intrinsic, register_jitable
 from waveos.paths import cache_dir
 
 F = TypeVar("F", bound=Callable[..., Any])
+_IMPORT = re.compile(rb"^\s*(?:from|import) (waveos[\w.]*)(?: import ([^(\n]+|\([^)]*\)))?", re.MULTILINE)
 KEPT = 8
 """Generations of compiled code that stay on disk."""
 
 
 def _choose_cache() -> None:
-    """Keep compiled code in a folder named by a hash of all sources that may be part of it.
+    """Keep compiled code in a folder named by a hash of all sources that may be part of it: those that name `jit`, and what they import.
 
     numba looks at a function's own file only: a change in a function that it calls would go unnoticed.
     """
@@ -31,21 +33,10 @@ def _choose_cache() -> None:
         root = Path(os.environ["NUMBA_CACHE_DIR"])
     else:
         root = cache_dir("compiled")
-    here = Path(__file__).resolve().parent
-    rooms = [
-        here,
-        here.parent / "agents",
-        here.parent / "ipu_emulator",
-        here.parent / "bench",
-        here / "agents",
-        here / "ipu_emulator",
-        here / "bench",
-    ]
+    texts = _texts()
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted({path for room in rooms for path in room.rglob("*.py") if path.parent.name not in ("cli", "report")}):
-        text = path.read_bytes()
-        if b"jit" in text or path.parent.name == "sched" or path.parent == here:
-            digest.update(path.name.encode() + text)
+    for module in sorted(_reached(texts)):
+        digest.update(module.encode() + texts[module])
     folder = root / digest.hexdigest()[:16]
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +44,32 @@ def _choose_cache() -> None:
         for old in others[KEPT - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
     numba.config.CACHE_DIR = str(folder)
+
+
+def _texts() -> dict[str, bytes]:
+    """The sources by module name. Installed, the other rooms are folders in this one; in a checkout they lie beside it."""
+    here = Path(__file__).resolve().parent
+    top = here if (here / "agents").is_dir() else here.parent
+    texts = {}
+    for name, folder in {"waveos": here, **{f"waveos.{room}": top / room for room in ("agents", "ipu_emulator", "bench")}}.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            texts[".".join([name, *(part for part in parts if part != "__init__")])] = path.read_bytes()
+    return texts
+
+
+def _reached(texts: dict[str, bytes]) -> set[str]:
+    """Modules whose text may be compiled, and all that they import from the project."""
+    new = {module for module, text in texts.items() if b"jit" in text and ".cli" not in module}
+    reached: set[str] = set()
+    while new:
+        reached |= new
+        named = set()
+        for module in new:
+            for package, names in _IMPORT.findall(texts[module]):
+                named |= {package.decode(), *(f"{package.decode()}.{name}" for name in re.findall(r"\w+", names.decode()))}
+        new = named & texts.keys() - reached
+    return reached
 
 
 _choose_cache()

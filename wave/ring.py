@@ -1,6 +1,6 @@
 """The ring: 64-byte records from one producer to one consumer through shared memory that need not be coherent.
 
-Written once over the five primitives of `waveos.memory`. Called from Python the functions run interpreted, over the strict memory model
+Written once over the five primitives of `waveos.primitives`. Called from Python the functions run interpreted, over the strict memory model
 or a `CoherentMemory`; called from compiled code they are compiled into it; `compiled()` has them for Python callers.
 
 The memory, in words of 8 bytes (`words(capacity)` of them):
@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from waveos.jit import jit, jitable
-from waveos.memory import LINE_WORDS, clock_ns, fence, flush, invalidate, load, pause, store
+from waveos.primitives import LINE_WORDS, clock_ns, fence, flush, invalidate, load, pause, store
 
 MAGIC = 0x5776
 IDENTITY_AT, OVERFLOW_AT, PRODUCERS_AT, CREDIT_AT, CONSUMERS_AT = 0, 16, 17, 32, 33

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from waveos import ring
 from waveos.jit import jit
-from waveos.memory import CoherentMemory, clock_ns, load, pause, store
+from waveos.primitives import CoherentMemory, clock_ns, load, pause, store
 
 RUN = ring.compiled()
 

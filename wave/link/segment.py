@@ -275,7 +275,7 @@ def _allocate(fd: int, offset: int, size: int, name: str) -> None:
 
 
 class _Plain:
-    """As waveos.memory.CoherentMemory, for use in a signal handler."""
+    """As waveos.primitives.CoherentMemory, for use in a signal handler."""
 
     def __init__(self, words: Words) -> None:
         self.words = words

@@ -22,7 +22,7 @@ from waveos.jit import as_pointer, jit
 from waveos.link import MESSAGES, TXNS
 from waveos.link.segment import KINDS, Segment, start_time
 from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
-from waveos.memory import CoherentMemory
+from waveos.primitives import CoherentMemory
 from waveos.record import RECORD_WORDS, VERSION
 
 POLL_SLICE_NS = 20_000_000

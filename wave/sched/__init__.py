@@ -6,8 +6,12 @@ A policy's handler has a message type's name (`thread_runnable`, `cpu_idle`, ...
 
 from __future__ import annotations
 
-from waveos.sched.orders import ORDERS, preempt, run, set_timer
+from typing import TYPE_CHECKING, Any
+
 from waveos.sched.records import DECISION, DECISION_TYPES, HANDLERS, MESSAGE, MESSAGE_TYPES, OUTCOME, SUBSYSTEM, Decision, Message
+
+if TYPE_CHECKING:
+    from waveos.sched.orders import ORDERS, preempt, run, set_timer
 
 __all__ = [
     "DECISION",
@@ -24,3 +28,12 @@ __all__ = [
     "run",
     "set_timer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The orders bring numba with them, so they come when asked for: the host's daemon uses the records alone."""
+    if name in ("ORDERS", "preempt", "run", "set_timer"):
+        from waveos.sched import orders
+
+        return getattr(orders, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
