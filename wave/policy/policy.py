@@ -23,6 +23,9 @@ class Policy:
     A method named as a message type handles it: `(self, msg, txns)`. An attribute is declared state (`ring`, `heap`, `array`, `per_cpu`, `per_thread`)
     or a `Param`. `self.cpus` is the number of CPUs. `work_conserving=False` says that it may leave a CPU idle while a thread waits;
     `compiled=False` that it runs as plain Python (for decisions made in milliseconds, not microseconds).
+
+    In a subsystem whose policies are always plain (`memory`, `serving`) a policy is an ordinary object: any state, made in `start`, any methods besides
+    its handlers; one that handles `(self, msgs, txns)` gets a run of messages of its type as one array. It may be inherited from.
     """
 
     name: ClassVar[str]
@@ -37,6 +40,9 @@ class Policy:
         declared = dict(vars(cls))
         cls.name, cls.subsystem, cls.compiled, cls.work_conserving = name, subsystem, compiled, work_conserving
         cls.handlers, cls.fields, cls.params = {}, {}, {}
+        if getattr(subsystem, "PLAIN", False):
+            _declare_plain(cls)
+            return
         for attribute, annotation in inspect.get_annotations(cls).items():
             if annotation is not Param and annotation != "Param":
                 raise PolicyError(f"{_where(cls, attribute)}: {attribute!r} is annotated {annotation!r}; only `Param` is known")
@@ -56,12 +62,19 @@ class Policy:
                     f"{_where(cls, attribute)}: state {attribute!r} is a {type(value).__name__}; "
                     "declare ring(n), rings(k, n), heap(n), array(n), per_cpu(), per_thread(), or a parameter as `name: Param = value`"
                 )
-        if not cls.handlers:
-            raise PolicyError(f"{_where(cls, 'class')}: policy {name!r} handles no message; known: {', '.join(subsystem.HANDLERS)}")
+        _check_any(cls)
+
+    def start(self) -> None:
+        """Make the state of a plain policy: called before its first message, and again when the host's state is told anew."""
 
     @classmethod
     def bind(cls, *, n_cpus: int, params: dict[str, float] | None = None) -> Bound:
         """State and entry point for `n_cpus` CPUs, with `params` over the defaults. Raises PolicyError on an unknown or missing parameter."""
+        return bind(cls, n_cpus, cls.param_values(params))
+
+    @classmethod
+    def param_values(cls, params: dict[str, float] | None = None) -> dict[str, float]:
+        """The parameters with `params` over the defaults. Raises PolicyError on an unknown or missing one."""
         values = dict(cls.params)
         for key, value in (params or {}).items():
             if key not in values:
@@ -71,7 +84,34 @@ class Policy:
         for key, given in values.items():
             if given is None:
                 raise PolicyError(f"policy {cls.name!r} needs parameter {key!r}; give it as policies.params.{cls.name}.{key} in the scenario")
-        return bind(cls, n_cpus, {key: float(value) for key, value in values.items() if value is not None})
+        return {key: float(value) for key, value in values.items() if value is not None}
+
+
+def _check_any(cls: type[Policy]) -> None:
+    if not cls.handlers:
+        raise PolicyError(f"{_where(cls, 'class')}: policy {cls.name!r} handles no message; known: {', '.join(cls.subsystem.HANDLERS)}")
+
+
+def _declare_plain(cls: type[Policy]) -> None:
+    """Parameters and handlers of a plain policy, its bases' first. What takes `txns` is a handler, so a misspelt one is noticed."""
+    if cls.compiled:
+        raise PolicyError(f"{_where(cls, 'class')}: policies of {_short(cls.subsystem)} run as plain Python; say so: compiled=False")
+    for base in reversed([each for each in cls.__mro__ if issubclass(each, Policy) and each is not Policy]):
+        for attribute, annotation in inspect.get_annotations(base).items():
+            if annotation is Param or annotation == "Param":
+                cls.params[attribute] = None
+        for attribute, value in vars(base).items():
+            if attribute in cls.params:
+                cls.params[attribute] = _number(cls, attribute, value)
+            elif isinstance(value, FunctionType) and (attribute in cls.subsystem.HANDLERS or _takes_txns(value)):
+                _check_handler(cls, attribute, value)
+                cls.handlers[attribute] = value
+    _check_any(cls)
+
+
+def _takes_txns(function: FunctionType) -> bool:
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return len(names) == 3 and names[1] in ("msg", "msgs") and names[2] == "txns"
 
 
 def _check_handler(cls: type[Policy], attribute: str, function: FunctionType) -> None:
