@@ -1,0 +1,157 @@
+"""The host's half as hostd sees it: the tables that `wave.bpf.h` keeps in the kernel, mapped, and the programs that act on them."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+
+from waveos.host.bpf import Object
+from waveos.outcome import Outcome
+
+# As declared in wave.bpf.h; sizes are compared when the object is loaded.
+THREADS, CPUS, STAGED, BUCKETS = 4_096, 256, 8, 256
+NOBODY = -1
+ABSENT, BLOCKED, RUNNABLE, RUNNING = range(4)
+DECISION = np.dtype(
+    [("seq", "u8"), ("basis_ns", "u8"), ("decided_ns", "u8"), ("txn", "u8"), ("tid", "i4"), ("flags", "u4"), ("cpu_seq", "u4"), ("type", "u4")]
+)
+THREAD = np.dtype(
+    [
+        ("seq", "u8"),
+        ("since_ns", "u8"),
+        ("ran_ns", "u8"),
+        ("pid", "u4"),
+        ("cpu", "i4"),
+        ("epoch", "u4"),
+        ("state", "u1"),
+        ("dying", "u1"),
+        ("spare", "u1", (2,)),
+        ("allowed", "u8", (CPUS // 64,)),
+    ]
+)
+CPU = np.dtype(
+    [
+        ("running", "i4"),
+        ("stray", "i4"),
+        ("seq", "u4"),
+        ("kernel", "u4"),
+        ("head", "u4"),
+        ("staged", "u4"),
+        ("present", "u1"),
+        ("idle", "u1"),
+        ("taken", "u1"),
+        ("rung", "u1"),
+        ("deviates", "u1"),
+        ("spare", "u1", (3,)),
+        ("queue", DECISION, (STAGED,)),
+    ]
+)
+COUNTERS = ("overflow", "messages", "decisions", "strays", "deviations", "acts", "fallbacks")
+HOST = np.dtype(
+    [
+        ("up_next", "u8"),
+        ("up_credit", "u8"),
+        ("down_next", "u8"),
+        ("down_credit", "u8"),
+        ("generation", "u4"),
+        ("epoch", "u4"),
+        ("cpus", "u4"),
+        ("hostd", "u4"),
+        ("live", "u1"),
+        ("lost", "u1"),
+        ("spare", "u1", (6,)),
+        ("overflow", "u8"),
+        ("outcomes", "u8", (16,)),
+        ("messages", "u8"),
+        ("decisions", "u8"),
+        ("strays", "u8"),
+        ("deviations", "u8"),
+        ("acts", "u8"),
+        ("fallbacks", "u8"),
+        ("age", "u8", (BUCKETS,)),
+        ("enforced", "u8", (BUCKETS,)),
+        ("enclave_cpu", "i2", (1_024,)),
+        ("thread", THREAD, (THREADS,)),
+        ("cpu", CPU, (CPUS,)),
+    ]
+)
+HEARTBEAT_AT = 18
+"""The word of the ring of transactions where the agent stores its clock (waveos.ring.HEARTBEAT_AT; hostd cannot import what brings numba)."""
+
+
+class Replay(ctypes.Structure):
+    """How far a replay is."""
+
+    _fields_ = [("generation", ctypes.c_uint32), ("next", ctypes.c_uint32)]
+
+
+class Half:
+    """A loaded object of a mechanism, whose CPUs are those of the enclave, in their order."""
+
+    def __init__(self, bpf: Object, cpus: list[int], hostd: int) -> None:
+        self.bpf = bpf
+        table = bpf.section(".bss.host")
+        if table.nbytes < HOST.itemsize:
+            raise AssertionError(f"wave.bpf.h keeps {table.nbytes} bytes, half.py knows {HOST.itemsize}: make bpf")
+        self.host: np.ndarray[Any, Any] = table[: HOST.itemsize].view(HOST)
+        self.messages = bpf.section(".bss.messages").view(np.int64)
+        self.txns = bpf.section(".bss.txns").view(np.int64)
+        self._replay = Replay(0, THREADS)
+        self._start, self._stop, self._resync = (bpf.program(name) for name in ("start", "stop", "resync"))
+        host = self.host
+        host["hostd"], host["cpus"], host["enclave_cpu"], host["cpu"]["running"], host["cpu"]["stray"] = hostd, len(cpus), NOBODY, NOBODY, NOBODY
+        for number, kernel in enumerate(cpus):
+            host["cpu"]["kernel"][0, number], host["cpu"]["present"][0, number], host["enclave_cpu"][0, kernel] = kernel, 1, number
+
+    @property
+    def live(self) -> bool:
+        """An agent is attached and has not been lost."""
+        return bool(self.host["live"][0])
+
+    def start(self, generation: int) -> None:
+        """Empty rings for a new agent, and the whole state in them."""
+        if self.live:
+            self.stop()
+        self.messages[:] = 0
+        self.txns[:] = 0
+        self.txns[HEARTBEAT_AT] = time.monotonic_ns()
+        self._replay.generation, self._replay.next = generation, 0
+        self._start.run(self._replay)
+        self._go_on()
+
+    def stop(self) -> None:
+        """The agent is gone."""
+        self._replay.next = THREADS
+        self._stop.run()
+
+    def silent_ns(self) -> int:
+        """How long the agent has been silent; 0 without one."""
+        return max(0, time.monotonic_ns() - int(self.txns[HEARTBEAT_AT])) if self.live else 0
+
+    def keep_up(self) -> None:
+        """Replay where messages were lost, or where the last replay had no room to end."""
+        if self.host["lost"][0] and self.live:
+            self._replay.next = 0
+        if self._replay.next < THREADS:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._replay.next = self._resync.run(self._replay)
+
+    def counters(self) -> dict[str, Any]:
+        """Plain numbers, outcomes by name, and two histograms: `age_ns` and `enforced_ns`, as (lower edge in ns, count)."""
+        host = self.host[0]
+        found: dict[str, Any] = {name: int(host[name]) for name in COUNTERS}
+        found["outcomes"] = {outcome.name.lower(): int(host["outcomes"][outcome]) for outcome in Outcome}
+        for name in ("age", "enforced"):
+            found[f"{name}_ns"] = [(edge_ns(bucket), int(count)) for bucket, count in enumerate(host[name]) if count]
+        found["threads"] = int(np.count_nonzero(host["thread"]["pid"]))
+        return found
+
+
+def edge_ns(bucket: int) -> int:
+    """The lower edge of a bucket of the kernel's histograms: four to each power of two."""
+    return bucket if bucket < 8 else (4 | bucket & 3) << (bucket >> 2) - 2

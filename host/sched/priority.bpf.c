@@ -1,0 +1,247 @@
+/* Mechanism `priority`, the kernel's side: messages from tracepoints, and decisions that agree with what the kernel does anyway.
+ *
+ * The enclave's threads are SCHED_FIFO of one priority, so the kernel runs them in the order in which they became runnable, with or without an agent.
+ * When it puts a thread on a CPU and the decision at the head of that CPU's queue names the same thread, the decision is committed here, at no cost.
+ * When it picks another (the policy has an order of its own), or a preemption is asked for, hostd is woken; it moves a thread to the head or the tail
+ * of the kernel's queue by raising or lowering its priority for a moment. Nothing here changes who runs.
+ */
+#include "wave.bpf.h"
+
+#define TASK_DEAD 0x80 /* linux/sched.h */
+
+/* What hostd is to do, in order. */
+enum act_type { ACT_TAIL = 1, ACT_HEAD };
+struct act {
+	u32 type;
+	u32 pid;
+	u32 cpu; /* the kernel's */
+	s32 tid;
+};
+#define ACTS 64
+struct acts {
+	u64 n;
+	struct act act[ACTS];
+};
+struct acts acts SEC(".bss.acts");
+
+/* A thread that no decision put there is on the CPU: is it what was decided? True if hostd must step in. */
+static __always_inline bool compare(u32 cpu, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct decision *d;
+
+	if (c->running >= 0 || c->stray < 0)
+		return false;
+	d = first(cpu, now);
+	if (!d) {
+		tell_idle(cpu, now);
+		return false;
+	}
+	if (d->tid == c->stray) {
+		commit(d, cpu, now);
+		return false;
+	}
+	if (c->deviates)
+		return false;
+	c->deviates = 1;
+	host.deviations++;
+	return true;
+}
+
+/* Decisions may have come for any CPU: commit those that name what runs there already. Takes the lock. True if hostd must step in. */
+static __always_inline bool settle(u64 now)
+{
+	bool attend = false;
+	u32 cpu;
+
+	bpf_for(cpu, 0, host.cpus) {
+		struct cpu *c = cpu_at(cpu);
+
+		if (c->staged && c->running < 0 && c->stray >= 0) {
+			bpf_spin_lock(&lock);
+			attend |= compare(cpu, now);
+			bpf_spin_unlock(&lock);
+		}
+	}
+	return attend;
+}
+
+/* A member leaves the CPU, for good or for a while. */
+static __always_inline void leave(s32 tid, u32 cpu, u32 state, bool to_member, bool to_hostd, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct thread *t = thread_at(tid);
+	bool committed = c->running == tid;
+	u32 type = MESSAGE_THREAD_BLOCKED;
+
+	t->ran_ns += now - t->since_ns;
+	if (c->stray == tid)
+		c->stray = NOBODY;
+	if (t->dying && state & TASK_DEAD) {
+		type = MESSAGE_THREAD_DEAD;
+	} else if (!state) { /* it can run: another took its place, or it yielded */
+		if (!committed) {
+			if (t->state == BLOCKED) /* it joined the enclave while it was on its CPU */
+				change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, cpu, now);
+			return;
+		}
+		if (to_member)
+			vacate(cpu, MESSAGE_THREAD_PREEMPTED, now); /* a yield looks the same from here */
+		else if (!to_hostd && !c->taken) { /* a higher class has the CPU; the thread is still the next here */
+			c->taken = 1;
+			say(MESSAGE_CPU_TAKEN, tid, cpu, 0, now);
+		}
+		return;
+	}
+	if (committed)
+		vacate(cpu, type, now);
+	else if (t->state != BLOCKED || type == MESSAGE_THREAD_DEAD)
+		change(tid, type == MESSAGE_THREAD_DEAD ? ABSENT : BLOCKED, type, cpu, now);
+	else
+		t->seq++;
+	if (type == MESSAGE_THREAD_DEAD)
+		t->pid = 0;
+}
+
+/* A member comes onto the CPU. True if hostd must step in. */
+static __always_inline bool arrive(s32 tid, u32 cpu, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct thread *t = thread_at(tid);
+
+	t->since_ns = now;
+	if (c->taken) {
+		c->taken = 0;
+		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
+	}
+	if (c->running == tid)
+		return false;
+	if (c->running >= 0) /* hostd moved it behind others, or the kernel did */
+		vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+	if (t->state == RUNNING) /* of another CPU, and the kernel moved it here */
+		vacate(t->cpu, MESSAGE_THREAD_PREEMPTED, now);
+	if (t->state == BLOCKED) /* it joined the enclave when it could run already */
+		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, cpu, now);
+	c->stray = tid;
+	host.strays++;
+	return compare(cpu, now);
+}
+
+SEC("tp_btf/sched_switch")
+int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int prev_state)
+{
+	s32 cpu = enclave_cpu(bpf_get_smp_processor_id()), out, in;
+	bool attend;
+	u64 now;
+
+	if (cpu < 0)
+		return 0;
+	out = member_of(prev);
+	in = member_of(next);
+	if (out < 0 && in < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	bpf_spin_lock(&lock);
+	drain(now);
+	if (out >= 0)
+		leave(out, cpu, preempt ? 0 : prev_state, in >= 0, next->tgid == host.hostd, now);
+	if (in >= 0) {
+		attend = arrive(in, cpu, now);
+	} else {
+		attend = false;
+		if (cpu_at(cpu)->running < 0) {
+			first(cpu, now); /* refuses what no longer holds */
+			tell_idle(cpu, now);
+		}
+	}
+	bpf_spin_unlock(&lock);
+	if (attend)
+		notify(EVENT_ATTEND, 0, cpu);
+	return 0;
+}
+
+static __always_inline int woken(struct task_struct *task)
+{
+	s32 tid = member_of(task);
+	u32 taken;
+	u64 now;
+
+	if (tid < 0)
+		return 0;
+	now = bpf_ktime_get_ns();
+	bpf_spin_lock(&lock);
+	if (thread_at(tid)->state == BLOCKED && !thread_at(tid)->dying)
+		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
+	taken = drain(now);
+	bpf_spin_unlock(&lock);
+	if (taken && settle(now))
+		notify(EVENT_ATTEND, 0, NOBODY);
+	return 0;
+}
+
+SEC("tp_btf/sched_wakeup")
+int BPF_PROG(on_wakeup, struct task_struct *task)
+{
+	return woken(task);
+}
+
+SEC("tp_btf/sched_wakeup_new")
+int BPF_PROG(on_wakeup_new, struct task_struct *task)
+{
+	return woken(task);
+}
+
+/* ── hostd's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+static __always_inline void order(u32 type, s32 tid, u32 cpu)
+{
+	u64 at = acts.n;
+
+	if (at >= ACTS)
+		return;
+	bounded(at, ACTS);
+	acts.act[at].type = type;
+	acts.act[at].pid = thread_at(tid)->pid;
+	acts.act[at].cpu = cpu_at(cpu)->kernel;
+	acts.act[at].tid = tid;
+	acts.n++;
+	host.acts++;
+}
+
+/* The doorbell rang, or the kernel runs what was not decided: say what is to be done about it, in `acts`. */
+SEC("syscall")
+int attend(void *context)
+{
+	u64 now = bpf_ktime_get_ns();
+	u32 i, taken, cpu;
+
+	acts.n = 0;
+	bpf_for(i, 0, TXNS / DRAIN) {
+		bpf_spin_lock(&lock);
+		taken = drain(now);
+		bpf_spin_unlock(&lock);
+		if (taken < DRAIN)
+			break;
+	}
+	bpf_for(cpu, 0, host.cpus) {
+		struct cpu *c = cpu_at(cpu);
+		struct decision *d;
+
+		if (!c->staged)
+			continue;
+		bpf_spin_lock(&lock);
+		c->rung = 0;
+		if (take_up(cpu, now))
+			order(ACT_TAIL, c->running, cpu);
+		if (c->running < 0) {
+			d = first(cpu, now);
+			if (d && d->tid == c->stray)
+				commit(d, cpu, now);
+			else if (d && (c->stray >= 0 || host.cpus > 1))
+				order(ACT_HEAD, d->tid, cpu);
+		}
+		c->deviates = 0;
+		bpf_spin_unlock(&lock);
+	}
+	return acts.n;
+}

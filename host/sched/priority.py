@@ -1,0 +1,54 @@
+"""Mechanism `priority`: an enclave on any kernel with BTF, by real-time priorities (priority.bpf.c has the idea).
+
+All of the enclave's threads are SCHED_FIFO of one priority, and stay so: the kernel's queue of that priority is the enclave's queue. A thread is moved to
+its tail by lowering it for a moment, to its head by raising it for a moment, because the kernel queues a thread whose priority went up last, and one whose
+priority went down first. So there is nothing to take back later, and a hostd that is killed between two calls leaves one thread one step off,
+which `wave restore` puts right with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from waveos.errors import ConfigError
+from waveos.host.sched import attributes
+from waveos.host.sched.governor import Governor
+
+OBJECT = Path(__file__).with_name("priority.bpf.o")
+ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "i4")])
+ACTS = np.dtype([("n", "u8"), ("act", ACT, (64,))])
+TAIL = 1
+
+
+class Priority(Governor):
+    """See `Mechanism` and `Governor`. `priority`: the threads', 2 to 97; hostd's own must be higher."""
+
+    name = "priority"
+
+    def __init__(self, enclave: Any, journal: Any, *, priority: int = 20, silent_ms: float = 20, default_ms: float = 1_000) -> None:
+        if not 2 <= priority <= 97:
+            raise ConfigError(f"priority {priority}: real-time priorities of an enclave's threads are 2 to 97")
+        member, low, high = (attributes.Attributes("FIFO", priority + step, flags=attributes.RESET_ON_FORK) for step in (0, -1, 1))
+        self._low, self._high = attributes.prepare(low), attributes.prepare(high)
+        super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
+        try:
+            self._acts: Any = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(ACTS)[0]
+            self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit")
+        except BaseException:
+            self.close()
+            raise
+
+    def _enforce(self) -> None:
+        """Move what is to be moved in the kernel's queue."""
+        for at in range(self._attend.run()):
+            act = self._acts["act"][at]
+            pid = int(act["pid"])
+            with contextlib.suppress(ProcessLookupError):
+                if act["type"] != TAIL and len(self._cpus) > 1:
+                    attributes.set_affinity(pid, [int(act["cpu"])])
+                attributes.apply(pid, self._low if act["type"] == TAIL else self._high)
+                attributes.apply(pid, self._member)
