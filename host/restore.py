@@ -3,7 +3,7 @@
     journal = Journal("demo")                        # /run/wave/demo/journal; an enclave has one owner
     number = changes.note_thread(journal, tid)       # first the entry,
     attributes.write(tid, wanted)                    # then the change
-    journal.undo()                                   # newest first; what is gone is skipped, what fails stays and is told
+    journal.undo_all()                               # newest first; what is gone is skipped, what fails stays and is told
 
 The file has a JSON object a line: the owner (pid and start time, and the machine's boot), then entries `{"n", "kind", "by", ...}` and settled ones
 `{"settled": [n, ...]}`. Lines are appended by one write each, so a kill leaves at most half a last line, whose change had not been made.
@@ -63,6 +63,7 @@ class Journal:
         self._open: dict[int, Entry] = {}
         self._settled = 0
         self._next = 1
+        self._file = -1
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with _alone(self.path.parent):
@@ -100,15 +101,22 @@ class Journal:
                 self._rewrite()
 
     def undo(self, *numbers: int) -> list[str]:
-        """Put back these entries, or all, newest first; lines about those that could not be, which stay written down."""
-        wanted = [entry for number, entry in self._open.items() if not numbers or number in numbers]
+        """Put back these entries, newest first; lines about those that could not be, which stay written down."""
+        chosen = set(numbers)
+        return self._put_back([entry for number, entry in self._open.items() if number in chosen])
+
+    def undo_all(self) -> list[str]:
+        """Put back everything, newest first; lines about what could not be."""
+        return self._put_back(self.entries)
+
+    def _put_back(self, wanted: list[Entry]) -> list[str]:
         _, left = _undo(wanted, dry_run=False)
         self.settle(*(entry["n"] for entry in wanted if entry["n"] not in left))
         return list(left.values())
 
     def close(self) -> list[str]:
         """Undo everything and give the name back. Lines about what could not be undone: then the file stays, for `wave restore`."""
-        failed = self.undo()
+        failed = self.undo_all()
         if not failed:
             _remove(self.path)
         return failed
@@ -128,7 +136,7 @@ class Journal:
         file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         os.write(file, b"".join(map(_line, [owner, *self._open.values()])))
         os.replace(fresh, self.path)
-        with contextlib.suppress(AttributeError):
+        if self._file >= 0:
             os.close(self._file)
         self._file, self._settled = file, 0
 

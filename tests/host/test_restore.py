@@ -73,7 +73,7 @@ def test_the_newest_change_is_put_back_first(folder, tmp_path):
     for value in ("5", "6", "7"):
         changes.note_file(journal, limit)
         limit.write_text(value)
-    assert journal.undo() == []
+    assert journal.undo_all() == []
     assert limit.read_text() == "100"
 
 
@@ -86,6 +86,22 @@ def test_a_settled_entry_is_left_alone(folder, tmp_path):
     journal.settle(number)
     assert journal.close() == []
     assert limit.read_text() == "5"
+
+
+def test_one_change_is_put_back_and_the_others_stay(folder, tmp_path):
+    limits = [tmp_path / name for name in "abc"]
+    journal, numbers = Journal("a"), []
+    for limit in limits:
+        limit.write_text("100")
+        numbers.append(changes.note_file(journal, limit))
+        limit.write_text("5")
+    assert journal.undo() == []
+    assert [limit.read_text() for limit in limits] == ["5", "5", "5"]
+    assert journal.undo(numbers[1]) == []
+    assert [limit.read_text() for limit in limits] == ["5", "100", "5"]
+    assert [entry["n"] for entry in journal.entries] == [numbers[0], numbers[2]]
+    assert journal.close() == []
+    assert [limit.read_text() for limit in limits] == ["100", "100", "100"]
 
 
 @root
