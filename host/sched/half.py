@@ -28,7 +28,8 @@ THREAD = np.dtype(
         ("epoch", "u4"),
         ("state", "u1"),
         ("dying", "u1"),
-        ("spare", "u1", (2,)),
+        ("held", "u1"),
+        ("spare", "u1"),
         ("allowed", "u8", (CPUS // 64,)),
     ]
 )
@@ -62,7 +63,8 @@ HOST = np.dtype(
         ("hostd", "u4"),
         ("live", "u1"),
         ("lost", "u1"),
-        ("spare", "u1", (6,)),
+        ("spare", "u1", (2,)),
+        ("held", "u4"),
         ("overflow", "u8"),
         ("outcomes", "u8", (16,)),
         ("messages", "u8"),

@@ -1,0 +1,473 @@
+/* Mechanism `sched_ext`: the enclave's threads are of the class SCHED_EXT, and run where and when a decision says so; nothing else is governed.
+ *
+ * A thread that becomes runnable is reported and held. A CPU that needs a thread takes the first decision staged for it that holds, checked under
+ * the lock; if there is none it reports itself idle, and the agent's next decision rings its doorbell: hostd runs `attend`, which kicks the
+ * CPU. Without an agent - none yet, silent, or messages were lost - threads go through one FIFO queue of the kernel's, so none is ever stuck.
+ * A thread runs until it blocks or a decision preempts it. The fair class and above may take the CPU from it at any time (cpu_taken).
+ */
+#include "wave.bpf.h"
+#include "scx.h"
+
+#define FIFO 1 /* our dispatch queue for the time without an agent */
+#define FLUSH 8 /* held threads put into it at one look */
+#define FALLBACK_SLICE_NS 5000000
+#define WATCH_NS 5000000
+
+u64 silent_ns = 20000000; /* set by hostd */
+
+struct watch {
+	struct bpf_timer timer;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct watch);
+} watch SEC(".maps");
+
+/* True while decisions rule. */
+static __always_inline bool governed(void)
+{
+	return host.live && !host.lost;
+}
+
+/* A held thread is in no queue; only a decision, or the loss of the agent, brings it on. */
+static __always_inline void hold(s32 tid, bool held)
+{
+	struct thread *t = thread_at(tid);
+
+	host.held += held - t->held;
+	t->held = held;
+}
+
+/* ── a thread's life ───────────────────────────────────────────────────────────────────────────────────────────────── */
+
+SEC("struct_ops/select_cpu")
+s32 BPF_PROG(wave_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
+{
+	return prev_cpu; /* a decision says where; until then it does not matter */
+}
+
+SEC("struct_ops/runnable")
+void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
+{
+	s32 tid = member_of(p);
+	u64 now = bpf_ktime_get_ns();
+
+	if (tid < 0)
+		return;
+	bpf_spin_lock(&lock);
+	if (thread_at(tid)->state == BLOCKED)
+		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/enqueue")
+void BPF_PROG(wave_enqueue, struct task_struct *p, u64 enq_flags)
+{
+	s32 tid = member_of(p);
+	bool held;
+
+	if (tid < 0) { /* of the class, but not ours: as if there were no scheduler */
+		insert(p, SCX_DSQ_GLOBAL, SCX_SLICE_DFL, enq_flags);
+		return;
+	}
+	bpf_spin_lock(&lock);
+	held = governed();
+	hold(tid, held);
+	bpf_spin_unlock(&lock);
+	if (!held)
+		insert(p, FIFO, FALLBACK_SLICE_NS, enq_flags);
+}
+
+SEC("struct_ops/dequeue")
+void BPF_PROG(wave_dequeue, struct task_struct *p, u64 deq_flags)
+{
+	s32 tid = member_of(p);
+
+	if (tid < 0)
+		return;
+	bpf_spin_lock(&lock);
+	hold(tid, false);
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/running")
+void BPF_PROG(wave_running, struct task_struct *p)
+{
+	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
+	u64 now = bpf_ktime_get_ns();
+	struct cpu *c;
+
+	if (tid < 0)
+		return;
+	bpf_spin_lock(&lock);
+	thread_at(tid)->since_ns = now;
+	hold(tid, false);
+	if (cpu >= 0) {
+		c = cpu_at(cpu);
+		if (c->running != tid) {
+			if (c->running >= 0)
+				vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+			c->stray = tid;
+			host.strays++;
+		}
+	}
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/stopping")
+void BPF_PROG(wave_stopping, struct task_struct *p, bool runnable)
+{
+	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
+	u64 now = bpf_ktime_get_ns();
+
+	if (tid < 0)
+		return;
+	bpf_spin_lock(&lock);
+	thread_at(tid)->ran_ns += now - thread_at(tid)->since_ns;
+	if (cpu >= 0 && cpu_at(cpu)->stray == tid)
+		cpu_at(cpu)->stray = NOBODY;
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/quiescent")
+void BPF_PROG(wave_quiescent, struct task_struct *p, u64 deq_flags)
+{
+	s32 tid = member_of(p);
+	u64 now = bpf_ktime_get_ns();
+	struct thread *t;
+
+	if (tid < 0 || !(deq_flags & SCX_DEQ_SLEEP))
+		return;
+	t = thread_at(tid);
+	bpf_spin_lock(&lock);
+	if (t->state == RUNNING)
+		vacate(t->cpu, MESSAGE_THREAD_BLOCKED, now);
+	else if (t->state == RUNNABLE)
+		change(tid, BLOCKED, MESSAGE_THREAD_BLOCKED, NOBODY, now);
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/yield")
+bool BPF_PROG(wave_yield, struct task_struct *from, struct task_struct *to)
+{
+	s32 tid = member_of(from);
+	u64 now = bpf_ktime_get_ns();
+	struct thread *t;
+
+	if (tid < 0)
+		return false;
+	t = thread_at(tid);
+	bpf_spin_lock(&lock);
+	if (t->state == RUNNING)
+		vacate(t->cpu, MESSAGE_THREAD_YIELDED, now);
+	bpf_spin_unlock(&lock);
+	from->scx.slice = 0; /* so that the CPU looks for another */
+	return false;
+}
+
+SEC("struct_ops/tick")
+void BPF_PROG(wave_tick, struct task_struct *p)
+{
+	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
+	u64 now = bpf_ktime_get_ns();
+
+	if (tid < 0 || cpu < 0)
+		return;
+	bpf_spin_lock(&lock);
+	if (cpu_at(cpu)->running == tid)
+		say(MESSAGE_TICK, tid, cpu, 0, now);
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/set_cpumask")
+void BPF_PROG(wave_set_cpumask, struct task_struct *p, const struct cpumask *mask)
+{
+	u64 allowed[CPUS / 64] = {}, now = bpf_ktime_get_ns();
+	s32 tid = member_of(p);
+	struct thread *t;
+	u32 cpu;
+
+	if (tid < 0)
+		return;
+	bpf_for(cpu, 0, host.cpus)
+		if (bpf_cpumask_test_cpu(cpu_at(cpu)->kernel, mask))
+			allowed[(cpu >> 6) & (CPUS / 64 - 1)] |= 1ull << (cpu & 63);
+	t = thread_at(tid);
+	bpf_spin_lock(&lock);
+	for (int i = 0; i < CPUS / 64; i++)
+		t->allowed[i] = allowed[i];
+	t->seq++; /* what was decided may name a CPU that it no longer may use */
+	tell(MESSAGE_AFFINITY_CHANGED, tid, NOBODY, 0, now);
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/set_weight")
+void BPF_PROG(wave_set_weight, struct task_struct *p, u32 weight)
+{
+	s32 tid = member_of(p);
+	u64 now = bpf_ktime_get_ns();
+
+	if (tid < 0)
+		return;
+	bpf_spin_lock(&lock);
+	if (thread_at(tid)->state != ABSENT)
+		tell(MESSAGE_PRIORITY_CHANGED, tid, NOBODY, 0, now);
+	bpf_spin_unlock(&lock);
+}
+
+/* It left the class: it has exited, or hostd has let it go. */
+SEC("struct_ops/disable")
+void BPF_PROG(wave_disable, struct task_struct *p)
+{
+	s32 tid = member_of(p);
+	u64 now = bpf_ktime_get_ns();
+	struct thread *t;
+
+	if (tid < 0)
+		return;
+	t = thread_at(tid);
+	bpf_spin_lock(&lock);
+	if (t->state == RUNNING)
+		vacate(t->cpu, MESSAGE_THREAD_DEAD, now);
+	else if (t->state != ABSENT)
+		change(tid, ABSENT, MESSAGE_THREAD_DEAD, NOBODY, now);
+	hold(tid, false);
+	if (t->dying)
+		t->pid = 0;
+	bpf_spin_unlock(&lock);
+}
+
+/* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
+
+/* Without an agent: put threads that were held for it into the kernel's own queue, a few at a time. */
+static __always_inline void flush(void)
+{
+	u32 tid, moved = 0;
+
+	bpf_for(tid, 0, THREADS) {
+		struct task_struct *p;
+
+		if (moved >= FLUSH)
+			break;
+		if (!thread_at(tid)->held)
+			continue;
+		p = bpf_task_from_pid(thread_at(tid)->pid);
+		if (!p)
+			continue;
+		bpf_spin_lock(&lock);
+		hold(tid, false);
+		bpf_spin_unlock(&lock);
+		insert(p, FIFO, FALLBACK_SLICE_NS, 0);
+		bpf_task_release(p);
+		moved++;
+	}
+}
+
+/* What the CPU runs next, as decided; NOBODY: nothing is. `prev` runs there now and could go on, or is NOBODY. */
+static __always_inline s32 next(u32 cpu, s32 prev, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct decision *d;
+	s32 tid;
+
+	drain(now);
+	if (c->taken) {
+		c->taken = 0;
+		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
+	}
+	if (c->rung) {
+		c->rung = 0;
+		if (take_up(cpu, now))
+			vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+	}
+	if (c->running >= 0 && c->running != prev) /* it never came, or the kernel took it elsewhere */
+		vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+	if (c->running >= 0)
+		return prev;
+	d = first(cpu, now);
+	if (!d) {
+		tell_idle(cpu, now);
+		return NOBODY;
+	}
+	tid = d->tid;
+	commit(d, cpu, now);
+	return tid;
+}
+
+SEC("struct_ops/dispatch")
+void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
+{
+	s32 cpu = enclave_cpu(kernel), before = NOBODY, tid = NOBODY;
+	u64 now = bpf_ktime_get_ns();
+	struct task_struct *p;
+	bool rule;
+
+	if (cpu < 0) { /* a member's affinity is the enclave, so none waits for this CPU */
+		return;
+	}
+	if (prev && prev->scx.flags & SCX_TASK_QUEUED)
+		before = member_of(prev);
+	bpf_spin_lock(&lock);
+	rule = governed();
+	if (rule)
+		tid = next(cpu, before, now);
+	bpf_spin_unlock(&lock);
+	if (!rule) {
+		if (host.held)
+			flush();
+		to_local(FIFO);
+		return;
+	}
+	if (tid < 0)
+		return;
+	if (tid == before) {
+		prev->scx.slice = SCX_SLICE_INF;
+		return;
+	}
+	p = bpf_task_from_pid(thread_at(tid)->pid);
+	if (!p)
+		return; /* it is exiting; `disable` tells */
+	insert(p, SCX_DSQ_LOCAL, SCX_SLICE_INF, 0);
+	bpf_task_release(p);
+}
+
+SEC("struct_ops/cpu_release")
+void BPF_PROG(wave_cpu_release, s32 kernel, struct scx_cpu_release_args *args)
+{
+	s32 cpu = enclave_cpu(kernel);
+	u64 now = bpf_ktime_get_ns();
+	struct cpu *c;
+
+	if (cpu < 0)
+		return;
+	c = cpu_at(cpu);
+	bpf_spin_lock(&lock);
+	if (!c->taken) {
+		c->taken = 1;
+		c->idle = 0;
+		say(MESSAGE_CPU_TAKEN, c->running, cpu, 0, now);
+	}
+	bpf_spin_unlock(&lock);
+}
+
+SEC("struct_ops/cpu_acquire")
+void BPF_PROG(wave_cpu_acquire, s32 kernel, struct scx_cpu_acquire_args *args)
+{
+	s32 cpu = enclave_cpu(kernel);
+	u64 now = bpf_ktime_get_ns();
+	struct cpu *c;
+
+	if (cpu < 0)
+		return;
+	c = cpu_at(cpu);
+	bpf_spin_lock(&lock);
+	if (c->taken) {
+		c->taken = 0;
+		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
+		if (c->running < 0)
+			tell_idle(cpu, now);
+	}
+	bpf_spin_unlock(&lock);
+}
+
+/* ── the watch over the agent ──────────────────────────────────────────────────────────────────────────────────────── */
+
+static __always_inline void kick_all(void)
+{
+	u32 cpu;
+
+	bpf_for(cpu, 0, host.cpus)
+		kick(cpu_at(cpu)->kernel, SCX_KICK_PREEMPT);
+}
+
+/* Every 5 ms, whatever becomes of hostd: is the agent silent, were messages lost? Then the FIFO queue takes over. */
+static int look(void *map, u32 *key, struct watch *w)
+{
+	u64 now = bpf_ktime_get_ns(), beat = *(volatile u64 *)&txns.header[RING_HEARTBEAT_AT];
+	bool stuck;
+
+	bpf_spin_lock(&lock);
+	if (host.live && now > beat && now - beat > silent_ns) {
+		host.live = 0;
+		host.fallbacks++;
+	}
+	stuck = !governed() && host.held;
+	bpf_spin_unlock(&lock);
+	if (stuck)
+		kick_all();
+	bpf_timer_start(&w->timer, WATCH_NS, 0);
+	return 0;
+}
+
+SEC("struct_ops.s/init")
+s32 BPF_PROG(wave_init)
+{
+	struct watch *w;
+	u32 key = 0;
+
+	w = bpf_map_lookup_elem(&watch, &key);
+	if (!w)
+		return -1;
+	bpf_timer_init(&w->timer, &watch, 1 /* CLOCK_MONOTONIC */);
+	bpf_timer_set_callback(&w->timer, look);
+	bpf_timer_start(&w->timer, WATCH_NS, 0);
+	return make_queue(FIFO);
+}
+
+SEC("struct_ops/exit")
+void BPF_PROG(wave_exit, struct scx_exit_info *info)
+{
+	host.live = 0;
+}
+
+/* The doorbell rang, or hostd looks now and then: kick the CPUs whose decisions cannot wait. Returns how many. */
+SEC("syscall")
+int attend(void *context)
+{
+	u64 now = bpf_ktime_get_ns();
+	u32 i, taken, cpu, kicked = 0;
+
+	bpf_for(i, 0, TXNS / DRAIN) {
+		bpf_spin_lock(&lock);
+		taken = drain(now);
+		bpf_spin_unlock(&lock);
+		if (taken < DRAIN)
+			break;
+	}
+	bpf_for(cpu, 0, host.cpus) {
+		struct cpu *c = cpu_at(cpu);
+
+		if (c->rung) {
+			kick(c->kernel, c->running >= 0 ? SCX_KICK_PREEMPT : 0);
+			kicked++;
+		}
+	}
+	host.acts += kicked;
+	return kicked;
+}
+
+SEC(".struct_ops.link")
+struct sched_ext_ops wave_ops = {
+	.select_cpu = (void *)wave_select_cpu,
+	.runnable = (void *)wave_runnable,
+	.enqueue = (void *)wave_enqueue,
+	.dequeue = (void *)wave_dequeue,
+	.running = (void *)wave_running,
+	.stopping = (void *)wave_stopping,
+	.quiescent = (void *)wave_quiescent,
+	.yield = (void *)wave_yield,
+	.tick = (void *)wave_tick,
+	.set_cpumask = (void *)wave_set_cpumask,
+	.set_weight = (void *)wave_set_weight,
+	.disable = (void *)wave_disable,
+	.dispatch = (void *)wave_dispatch,
+	.cpu_release = (void *)wave_cpu_release,
+	.cpu_acquire = (void *)wave_cpu_acquire,
+	.init = (void *)wave_init,
+	.exit = (void *)wave_exit,
+	.flags = SCX_OPS_SWITCH_PARTIAL | SCX_OPS_ENQ_LAST,
+	.timeout_ms = 30000,
+	.name = "wave",
+};

@@ -1,0 +1,46 @@
+"""Mechanism `sched_ext`: an enclave whose threads are of the kernel's extensible class (sched_ext.bpf.c has the idea)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from waveos.errors import ConfigError
+from waveos.host.sched import attributes
+from waveos.host.sched.governor import Governor
+
+OBJECT = Path(__file__).with_name("sched_ext.bpf.o")
+OPS = Path("/sys/kernel/sched_ext/root/ops")
+
+
+class SchedExt(Governor):
+    """See `Mechanism` and `Governor`. While the agent is silent a FIFO queue in the kernel serves; after `default_ms` the scheduler is unregistered."""
+
+    name = "sched_ext"
+
+    def __init__(self, enclave: Any, journal: Any, *, silent_ms: float = 20, default_ms: float = 1_000) -> None:
+        if OPS.exists():
+            raise ConfigError(f"this kernel is already governed by the sched_ext scheduler {OPS.read_text().strip()!r}: stop that one first")
+        member = attributes.Attributes("EXT", flags=attributes.RESET_ON_FORK)
+        super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
+        try:
+            self._bpf.section(".data")[:8].view("u8")[0] = self._silent_ns
+            self._bpf.attach("on_fork", "on_exit")
+            self._scheduler: Any = self._bpf.struct_ops("wave_ops")
+        except BaseException:
+            self.close()
+            raise
+
+    def _enforce(self) -> None:
+        """Kick the CPUs that have something to look at."""
+        self._attend.run()
+
+    def _let_be(self) -> None:
+        """No agent for long: unregister, and the kernel's default scheduler has the threads."""
+        super()._let_be()
+        self._scheduler.destroy()
+
+    def _govern(self) -> None:
+        """Register again, then take the members back."""
+        self._scheduler = self._bpf.struct_ops("wave_ops")
+        super()._govern()
