@@ -43,7 +43,7 @@ SILENCE_S = 30.0
 
 def run(seed: int = 1, messages: int = 100_000, policies: str = "", quick: bool = False) -> dict[str, Any]:
     """Record, replay and compare. Raises ConfigError on impossible options, PolicyError when a policy fails, LinkError when an agent dies."""
-    names = [name.strip() for name in policies.split(",") if name.strip()] or policy_names()
+    names = [name.strip() for name in policies.split(",") if name.strip()] or policy_names("sched")
     count = min(messages, QUICK_MESSAGES) if quick else messages
     if count < 100:
         raise ConfigError(f"messages {count}: at least 100")

@@ -102,7 +102,7 @@ def message_costs(policies: Iterable[str], params: Mapping[str, Mapping[str, flo
 
 def run(messages: int = 100_000, rounds: int = 7, seed: int = 1, policies: str = "") -> dict[str, Any]:
     """Record a stream for each policy, replay all of them in turns, and time the compilation of `fifo` with nothing kept from before."""
-    names = [name for name in policies.split(",") if name] or policy_names()
+    names = [name for name in policies.split(",") if name] or policy_names("sched")
     if messages < 1_000 or rounds < 1:
         raise ConfigError(f"messages {messages}, rounds {rounds}: at least 1,000 messages and one round")
     streams = {name: record_load(name, messages, seed) for name in names}

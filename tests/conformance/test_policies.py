@@ -9,7 +9,7 @@ from waveos.bench import conformance
 from waveos.errors import ConfigError
 from waveos.policy import load_policy, policy_names
 
-POLICIES = policy_names()
+POLICIES = policy_names("sched")
 MESSAGES = 1_500
 
 

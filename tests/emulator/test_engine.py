@@ -107,7 +107,7 @@ def total(result, machine):
     return done, sum(each.unfinished for each in result.classes.values())
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", policy_names("sched"))
 @pytest.mark.parametrize("load_per_s", [50_000, 2_000_000])
 def test_every_request_is_done_unfinished_or_refused(policy, load_per_s):
     result, machine = run(base(policy=policy, load_per_s=load_per_s, duration_ns=4_000_000, threads=40))
@@ -127,7 +127,7 @@ def test_the_smallest_machines_serve_every_request(where, workers, threads):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "fifo_percpu"])
+@pytest.mark.parametrize("policy", [name for name in policy_names("sched") if name != "fifo_percpu"])
 def test_no_thread_waits_while_a_cpu_idles_once_all_is_told(policy, where):
     assert simulate(place(where, policy)).unserved == 0
 

@@ -15,9 +15,17 @@ from waveos.policy.policy import Policy
 GROUP = "waveos.policies"
 
 
-def policy_names() -> list[str]:
-    """Names of all installed policies, sorted."""
-    return sorted({entry.name for entry in entry_points(group=GROUP)})
+def policy_names(subsystem: str = "") -> list[str]:
+    """Names of all installed policies, sorted; with `subsystem`, of those of it that can be loaded."""
+    names = sorted({entry.name for entry in entry_points(group=GROUP)})
+    return [name for name in names if _subsystem_of(name) == subsystem] if subsystem else names
+
+
+def _subsystem_of(name: str) -> str:
+    try:
+        return _from_entry_point(name).subsystem.__name__.rpartition(".")[2]
+    except PolicyError:
+        return ""
 
 
 def load_policy(name: str) -> type[Policy]:
