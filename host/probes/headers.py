@@ -20,23 +20,26 @@ from pathlib import Path
 from waveos.errors import MissingError
 from waveos.paths import cache_dir
 
-HOW = "wave probe headers --fetch (into Wave's cache; installs nothing), or the distribution's linux-headers package for this kernel"
+HOW = f"wave probe headers --fetch (into Wave's cache; installs nothing), or apt-get install linux-headers-{platform.release()} where the distribution has it"
 _ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "powerpc", "s390x": "s390", "riscv64": "riscv"}
 _PACKAGE = re.compile(r"Depends:\s+<?(linux-headers-[^\s>]+)")
 
 
-def find() -> tuple[str, Path | None]:
-    """What bcc will compile against, for people; and the folder to name to it, None where it finds the headers by itself. Raises MissingError."""
+def find(root: Path = Path("/")) -> tuple[str, Path | None]:
+    """What bcc will compile against, for people; and the folder to name to it, None where it finds the headers by itself.
+
+    `root` is where /lib and /sys are looked for. Raises MissingError that says how to get them.
+    """
     named = os.environ.get("BCC_KERNEL_SOURCE")
     if named:
         return f"BCC_KERNEL_SOURCE={named}", Path(named)
-    modules = Path("/lib/modules", platform.release())
-    for own in (modules / "source", modules / "build", Path("/sys/kernel/kheaders.tar.xz")):
+    modules = root / "lib/modules" / platform.release()
+    for own in (modules / "source", modules / "build", root / "sys/kernel/kheaders.tar.xz"):
         if own.exists():
             return str(own), None
     cached = _cached()
     if cached is None:
-        raise MissingError(f"bcc needs kernel headers, and this machine has none for {platform.release()}: {HOW}")
+        raise MissingError(f"bcc needs kernel headers, and this machine has none: {HOW}")
     return f"{cached} ({(cached / 'packages').read_text().strip()})", cached
 
 

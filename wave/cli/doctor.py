@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
 from waveos.cli.terminal import Json, print_json, print_table
+from waveos.errors import MissingError
 
 commands = typer.Typer()
 
@@ -137,14 +138,12 @@ def _kernel(root: Path) -> Iterator[Check]:
         "sched_ext", ext.exists(), (_read(ext / "state") or "present") if ext.exists() else "missing",
         "policies schedule real threads through it; without it: priorities and affinity", "a kernel >= 6.12 with CONFIG_SCHED_CLASS_EXT=y",
     )  # fmt: skip
-    headers = [root / f"lib/modules/{release}/{part}" for part in ("build", "source")]
-    yield Check(
-        "kernel headers",
-        any(folder.is_dir() for folder in headers),
-        release,
-        "bcc compiles its probes against them",
-        f"apt-get install linux-headers-{release}",
-    )
+    kernel_headers = import_module("waveos.host.probes.headers")
+    try:
+        headers = kernel_headers.find(root)[0]
+    except MissingError:
+        headers = None
+    yield Check("kernel headers", headers is not None, headers or "missing", "bcc compiles its probes (wave probe) against them", kernel_headers.HOW)
     paranoid = _read(root / "proc/sys/kernel/perf_event_paranoid")
     yield Check(
         "perf events", paranoid is not None and (int(paranoid) <= 1 or os.geteuid() == 0), f"perf_event_paranoid={paranoid or 'missing'}",
