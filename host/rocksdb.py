@@ -150,6 +150,30 @@ def measure_once(*, refresh: bool = False, progress: Progress | None = None, **o
     return times
 
 
+@contextlib.contextmanager
+def database(*, entries: int = ENTRIES, seed: int = 1, progress: Progress | None = None) -> Iterator[Path]:
+    """The folder of a database of `entries`, closed, for other processes to open; removed at the end. Raises as `measure` does."""
+    rocksdict = _import_rocksdict()
+    with _folder(None) as folder:
+        with _database(rocksdict, folder, entries, seed, progress or (lambda stage, done, total: None)) as written:
+            written.flush()
+        yield folder / "database"
+
+
+@contextlib.contextmanager
+def open_read_only(folder: str | os.PathLike[str]) -> Iterator[Any]:
+    """An existing database, for `get` and `scan`. Raises ConfigError if it cannot be opened, MissingError without rocksdict."""
+    rocksdict = _import_rocksdict()
+    try:
+        opened = rocksdict.Rdict(os.fspath(folder), _options(rocksdict), access_type=rocksdict.AccessType.read_only())
+    except Exception as error:  # rocksdict raises plain Exception with RocksDB's status as text
+        raise ConfigError(f"no database can be opened in {os.fspath(folder)}: {error}") from error
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
 def cache_path(**options: Any) -> Path:
     """Where `measure_once` keeps the result of these options on this machine."""
     key = json.dumps([_LAYOUT, machine(), platform.python_version(), rocksdict_version(), sorted(options.items())], sort_keys=True)
@@ -215,7 +239,7 @@ def _options(rocksdict: Any) -> Any:
     return options
 
 
-def _key(number: int) -> bytes:
+def key_for(number: int) -> bytes:
     """Fixed width, so that neighbours in number are neighbours in the database."""
     return b"%0*d" % (KEY_BYTES, number)
 
@@ -235,7 +259,7 @@ def _database(rocksdict: Any, folder: Path, entries: int, seed: int, report: Pro
             writer.open(tables[-1])
             values = random.bytes(count * VALUE_BYTES)
             for number in range(count):
-                writer[_key(first + number)] = values[number * VALUE_BYTES : (number + 1) * VALUE_BYTES]
+                writer[key_for(first + number)] = values[number * VALUE_BYTES : (number + 1) * VALUE_BYTES]
             writer.finish()
         database = rocksdict.Rdict(str(folder / "database"), _options(rocksdict))
         moving = rocksdict.IngestExternalFileOptions()
@@ -261,20 +285,20 @@ def _warm_up(database: Any, entries: int, range_entries: int, report: Progress) 
     if found != entries:
         raise ConfigError(f"the database holds {found:,} entries after {entries:,} were loaded; the disk or the installed rocksdict is broken")
     for number in range(0, entries, max(1, entries // 5_000)):
-        _get(database, _key(number))
+        get(database, key_for(number))
     for _ in range(10):
-        _range(database, _key(entries - range_entries), range_entries)
+        scan(database, key_for(entries - range_entries), range_entries)
     report("warm up", entries, entries)
     return found
 
 
-def _get(database: Any, key: bytes) -> tuple[int, int]:
+def get(database: Any, key: bytes) -> tuple[int, int]:
     """Serve one GET: the reply's length and checksum."""
     reply = database[key]
     return len(reply), zlib.crc32(reply)
 
 
-def _range(database: Any, key: bytes, count: int) -> tuple[int, int]:
+def scan(database: Any, key: bytes, count: int) -> tuple[int, int]:
     """Serve one RANGE: read `count` values from `key` on, join them to one reply; the reply's length and checksum."""
     reply = b",".join(islice(database.values(from_key=key), count))
     return len(reply), zlib.crc32(reply)
@@ -299,12 +323,12 @@ def _time_gets(database: Any, random: np.random.Generator, entries: int, samples
     deadline = time.monotonic() + budget_s
     with _no_collection():
         while len(kept) * _GET_BATCH < samples and (time.monotonic() < deadline or (len(kept) + len(left_out)) * _GET_BATCH < _LEAST_GETS):
-            keys = [_key(number) for number in random.integers(0, entries, _GET_BATCH).tolist()]
+            keys = [key_for(number) for number in random.integers(0, entries, _GET_BATCH).tolist()]
             batch = [0] * _GET_BATCH
             switches, away_ns = _switches(), clock() - time.thread_time_ns()
             for index, key in enumerate(keys):
                 before = clock()
-                _get(database, key)
+                get(database, key)
                 batch[index] = clock() - before
             away_ns = clock() - time.thread_time_ns() - away_ns
             (kept if _switches() == switches and away_ns < _AWAY_NS else left_out).append(np.array(batch, np.int64))
@@ -327,9 +351,9 @@ def _time_ranges(
     deadline = time.monotonic() + budget_s
     with _no_collection():
         while len(times) < samples and (time.monotonic() < deadline or len(times) < _LEAST_RANGES):
-            key = _key(int(random.integers(0, entries - range_entries + 1)))
+            key = key_for(int(random.integers(0, entries - range_entries + 1)))
             before = clock()
-            length, _ = _range(database, key, range_entries)
+            length, _ = scan(database, key, range_entries)
             times.append(clock() - before)
             if length != expected:
                 raise ConfigError(f"a RANGE of {range_entries:,} entries gave {length:,} bytes, not {expected:,}; the installed rocksdict is broken")

@@ -49,11 +49,11 @@ def test_facts_are_those_of_the_samples(temporary: Path) -> None:
 
 def test_a_range_reads_every_value_and_its_reply_holds_their_bytes(temporary: Path) -> None:
     with rocksdb._database(rocksdict, temporary / "tmp", 300, 1, lambda *_: None) as database:
-        values = [database[rocksdb._key(number)] for number in range(100, 150)]
+        values = [database[rocksdb.key_for(number)] for number in range(100, 150)]
         assert len(set(values)) == 50 and all(len(value) == rocksdb.VALUE_BYTES for value in values)
         reply = b",".join(values)
-        assert rocksdb._range(database, rocksdb._key(100), 50) == (len(reply), zlib.crc32(reply))
-        assert rocksdb._get(database, rocksdb._key(100)) == (100, zlib.crc32(values[0]))
+        assert rocksdb.scan(database, rocksdb.key_for(100), 50) == (len(reply), zlib.crc32(reply))
+        assert rocksdb.get(database, rocksdb.key_for(100)) == (100, zlib.crc32(values[0]))
 
 
 def test_progress_is_told_from_nothing_to_all_of_each_stage(temporary: Path) -> None:
