@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup bpf demo test lint docs clean
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
@@ -12,6 +12,23 @@ help: ## what can be made
 
 setup: ## .venv with Wave and all it needs; PYTHON=... names the Python to make it with
 	@.ci/setup
+
+# BPF programs: each is one object beside its source, with all it needs to fit the kernel that loads it. The records' C header is made from Python.
+CLANG = $(or $(shell command -v clang-19 || ls /usr/bin/clang-[0-9][0-9] 2>/dev/null | sort -V | tail -n 1),clang)
+BPF_ARCH = $(subst aarch64,arm64,$(subst x86_64,x86,$(shell uname -m)))
+BPF_FLAGS = -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Wall -Wextra -Werror -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
+BPF_INCLUDES = -Ibuild/bpf -Ihost/bpf -idirafter /usr/include/$(shell uname -m)-linux-gnu
+BPF_SOURCES = $(shell find host tests -name '*.bpf.c' 2>/dev/null)
+
+bpf: $(BPF_SOURCES:.c=.o) ## the BPF programs, with clang; a wheel brings them compiled
+	@:
+
+%.bpf.o: %.bpf.c build/bpf/wave_records.h $(shell find host tests -name '*.h' 2>/dev/null) Makefile
+	@$(CLANG) $(BPF_FLAGS) $(BPF_INCLUDES) -c $< -o $@
+
+build/bpf/wave_records.h: host/bpf/records.py wave/record.py wave/ring.py wave/outcome.py wave/sched/records.py
+	@mkdir -p $(@D)
+	@$(BIN)/python -P $< $@
 
 demo: setup ## a real RocksDB measured here, and what moving its scheduling to an IPU costs and saves; DEMO_FLAGS=--help
 	@$(BIN)/wave demo $(DEMO_FLAGS)
@@ -31,4 +48,4 @@ docs: setup ## docs/policy-api.md from the docstrings
 
 clean: ## everything that was made, .venv too
 	@rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . \( -name __pycache__ -type d -prune -o -name '*.bpf.o' \) -exec rm -rf {} +

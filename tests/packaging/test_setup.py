@@ -18,8 +18,10 @@ echo "$*" >>{log}
 def checkout(tmp_path):
     """A small checkout whose .venv has a Python that only writes down what it is told."""
     (tmp_path / ".ci").mkdir()
-    for name in (".ci/setup", "setup.cfg", "setup.py", "pyproject.toml", "system-packages.txt"):
+    for name in (".ci/setup", "Makefile", "setup.cfg", "setup.py", "pyproject.toml", "system-packages.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".ci" / "packages").write_text(STUB.format(log=tmp_path / "packages"))
+    (tmp_path / ".ci" / "packages").chmod(0o755)
     for room in ("wave", "agents", "host", "ipu_emulator", "bench", "scenarios"):
         (tmp_path / room).mkdir()
     (tmp_path / "wave" / "errors.py").write_text("")
@@ -60,13 +62,28 @@ def test_a_new_packaged_file_makes_it_install_again(checkout, path):
     assert len(installs(checkout)) == 1
 
 
+def test_what_is_live_is_optional_when_its_system_packages_cannot_be_had_the_rest_is_installed(checkout):
+    (checkout / ".ci" / "packages").write_text('#!/bin/sh\necho "missing: $*" >&2\nexit 1\n')
+    done = subprocess.run([checkout / ".ci" / "setup"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "missing: live guest" in done.stderr
+    assert " -e ." in (checkout / "log").read_text()
+
+
+def test_an_object_of_a_bpf_program_that_setup_makes_is_installed_too(checkout):
+    (checkout / "Makefile").write_text("bpf:\n\t@touch host/probe.bpf.o\n")
+    (checkout / ".ci" / "setup").write_text((checkout / ".ci" / "setup").read_text().replace("command -v clang-19 clang", "command -v sh"))
+    assert [line.split(" -e ")[1] for line in installs(checkout)] == [".[dev,bench,host]", "."]
+    assert installs(checkout) == []
+
+
 def test_an_edit_inside_a_file_does_not(checkout):
     installs(checkout)
     (checkout / "wave" / "errors.py").write_text("edited = True\n")
     assert installs(checkout) == []
 
 
-@pytest.mark.parametrize("name", ["setup.cfg", "setup.py", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["setup.cfg", "setup.py", "pyproject.toml", "system-packages.txt"])
 def test_a_changed_declaration_makes_it_install_again(checkout, name):
     installs(checkout)
     (checkout / name).write_text((checkout / name).read_text() + "\n# changed\n")
@@ -90,7 +107,7 @@ def test_a_failed_install_is_told_and_tried_again_next_time(checkout):
 
 
 def test_system_packages_are_one_a_line_with_a_reason():
-    lines = [line for line in (ROOT / "system-packages.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (ROOT / "system-packages.txt").read_text().splitlines() if line and line[0] not in "#["]
     assert lines
     for line in lines:
         package, reason = line.split("#", 1)
