@@ -112,6 +112,10 @@ class Governor:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R":
                 self._seen.run(request)
 
+    def number_of(self, pid: int) -> int | None:
+        """The enclave's number of a member, by the kernel's."""
+        return self._numbers.get(pid)
+
     def release(self, pid: int) -> None:
         """Let a thread go, as it was."""
         number = self._numbers.pop(pid, None)

@@ -1,0 +1,332 @@
+"""What every mechanism promises, on a real kernel: what it tells, what it applies, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.sched.conftest import Hand, until
+from waveos.host.sched import attributes
+from waveos.outcome import Outcome
+from waveos.sched.records import KICKED, PREEMPT, Decision, Message
+
+
+def ran_ns(pid: int) -> int:
+    """CPU time of a thread."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+
+
+def runs(pid: int) -> None:
+    """Wait until the thread makes progress."""
+    before = ran_ns(pid)
+    until(lambda: ran_ns(pid) > before, f"{pid} runs")
+
+
+def test_an_agent_is_given_the_whole_state_first(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(3)]
+    hand = Hand(enclave.mechanism)
+    assert hand.types()[0] == "RESYNC"
+    for worker in workers:
+        hand.told(Message.THREAD_NEW, enclave.number(worker.pid))
+    assert "CPU_NEW" in hand.types()
+
+
+def test_a_thread_that_wakes_and_sleeps_says_so_with_rising_sequence_numbers(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    woken = hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    runs(worker.pid)
+    worker.rest()
+    asleep = hand.told(Message.THREAD_BLOCKED, tid)
+    assert asleep["seq"] > woken["seq"]
+    assert asleep["ran_ns"] > 0
+
+
+def test_a_committed_decision_is_told_with_the_new_numbers(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    before = hand.seq[tid]
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    assert hand.seq[tid] == before + 1
+
+
+def test_a_preemption_gives_the_cpu_to_what_is_staged(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    a, b = enclave.number(first.pid), enclave.number(second.pid)
+    first.run()
+    hand.told(Message.THREAD_RUNNABLE, a)
+    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    runs(first.pid)
+    second.run()
+    hand.told(Message.THREAD_RUNNABLE, b)
+    staged = hand.decide(b, flags=0)
+    assert hand.outcome(hand.preempt()) is Outcome.COMMITTED
+    assert hand.outcome(staged) is Outcome.COMMITTED
+    hand.told(Message.THREAD_PREEMPTED, a)
+    runs(second.pid)
+
+
+def test_run_now_replaces_what_runs(enclave: Any) -> None:
+    first, second, third = (enclave.worker() for _ in range(3))
+    hand = Hand(enclave.mechanism)
+    for worker in (first, second, third):
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    assert hand.outcome(hand.decide(enclave.number(first.pid))) is Outcome.COMMITTED
+    runs(first.pid)
+    assert hand.outcome(hand.decide(enclave.number(third.pid), flags=KICKED | PREEMPT)) is Outcome.COMMITTED
+    runs(third.pid)
+    hand.told(Message.THREAD_PREEMPTED, enclave.number(first.pid))
+
+
+def test_the_order_of_decisions_is_the_order_of_turns(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(3)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    order = [workers[1], workers[2], workers[0]]
+    staged = [hand.decide(enclave.number(worker.pid), flags=KICKED if i == 0 else 0) for i, worker in enumerate(order)]
+    for worker, txn in zip(order, staged, strict=True):
+        assert hand.outcome(txn) is Outcome.COMMITTED
+        runs(worker.pid)
+        worker.rest()
+
+
+def test_a_stale_decision_leaves_the_thread_where_it_was(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(tid, seq=hand.seq[tid] - 1)) is Outcome.STALE
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+
+
+def test_a_preemption_of_what_no_longer_runs_is_stale(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    txn = hand.decide(-1, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU, cpu_seq=hand.cpu_seq[0] - 1)
+    assert hand.outcome(txn) is Outcome.STALE
+    runs(worker.pid)
+
+
+def test_a_blocked_thread_is_not_run(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    hand.told(Message.THREAD_NEW, tid)
+    assert hand.outcome(hand.decide(tid)) is Outcome.TARGET_NOT_RUNNABLE
+
+
+def test_a_thread_is_not_put_on_two_cpus(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    hand.listen()
+    txn = hand.decide(tid)
+    worker2 = enclave.worker()  # something must make the CPU look at its queue: a preemption by another does
+    worker2.run()
+    hand.told(Message.THREAD_RUNNABLE, enclave.number(worker2.pid))
+    hand.decide(enclave.number(worker2.pid), flags=0)
+    hand.decide(-1, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)
+    assert hand.outcome(txn) in (Outcome.TARGET_ON_CPU, Outcome.STALE)
+
+
+def test_a_thread_that_ended_is_gone(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    worker.kill()
+    hand.decide(tid)
+    dead = hand.told(Message.THREAD_DEAD, tid)
+    assert hand.outcome(hand.decide(tid, seq=int(dead["seq"]))) in (Outcome.TARGET_GONE, Outcome.NOT_IN_ENCLAVE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"cpu": 1}, Outcome.NOT_IN_ENCLAVE),
+        ({"cpu": -1}, Outcome.NOT_IN_ENCLAVE),
+        ({"cpu": 1 << 20}, Outcome.NOT_IN_ENCLAVE),
+        ({"tid": 4000}, Outcome.NOT_IN_ENCLAVE),
+        ({"tid": -5}, Outcome.INVALID),
+        ({"tid": 1 << 30}, Outcome.INVALID),
+        ({"type": 77}, Outcome.INVALID),
+        ({"version": 9}, Outcome.INVALID),
+        ({"subsystem": 3}, Outcome.INVALID),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(enclave: Any, fields: dict[str, int], expected: Outcome) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(**{"tid": tid, "seq": hand.seq[tid]} | fields)) is expected
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+
+
+def test_more_decisions_than_a_cpu_holds_are_congested(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(2)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    a, b = (enclave.number(worker.pid) for worker in workers)
+    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    txns = [hand.decide(b, flags=0) for _ in range(9)]
+    assert hand.outcome(txns[-1]) is Outcome.CONGESTED
+
+
+def test_what_is_staged_before_a_run_now_is_superseded(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(3)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    a, b, c = (enclave.number(worker.pid) for worker in workers)
+    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    hand.listen()
+    overtaken = hand.decide(b, flags=0)
+    assert hand.outcome(hand.decide(c, flags=KICKED | PREEMPT)) is Outcome.COMMITTED
+    assert hand.outcome(overtaken) is Outcome.SUPERSEDED
+
+
+@pytest.mark.cpus(2)
+def test_a_cpu_that_the_thread_may_not_use_is_unavailable(enclave: Any) -> None:
+    worker = enclave.worker(adopted=False)
+    os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(worker.pid))})
+    enclave.mechanism.adopt(worker.pid)
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    assert hand.outcome(hand.decide(tid, cpu=1)) is Outcome.CPU_UNAVAILABLE
+
+
+def test_what_a_lost_agent_staged_is_counted_and_not_done(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(2)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    a, b = (enclave.number(worker.pid) for worker in workers)
+    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    hand.decide(b, flags=0)
+    enclave.mechanism.attend()
+    enclave.mechanism.agent_gone()
+    assert enclave.mechanism.counters()["outcomes"]["agent_lost"] == 1
+
+
+def test_without_an_agent_every_thread_gets_its_turn(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(4)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    enclave.mechanism.agent_gone()
+    for worker in workers:
+        worker.rest()
+    for worker in workers:
+        until(worker.blocked, "each worker has had its turn")
+
+
+def test_a_second_agent_goes_on_where_the_first_died(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(2)]
+    hand = Hand(enclave.mechanism, 1)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    a, b = (enclave.number(worker.pid) for worker in workers)
+    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    enclave.mechanism.agent_gone()
+    second = Hand(enclave.mechanism, 2)
+    second.told(Message.THREAD_RUNNABLE, b)
+    workers[0].rest()
+    assert second.outcome(second.decide(b)) is Outcome.COMMITTED
+    runs(workers[1].pid)
+
+
+def test_messages_that_found_no_room_are_replayed_as_state(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    hand.listen()
+    until(
+        lambda: (worker.run(), hand.beat(), worker.rest(), until(worker.blocked, "it rests"), enclave.mechanism.counters()["overflow"])[-1],
+        "the ring overflows",
+    )
+    worker.run()
+    hand.listen()
+    before = len(hand.heard)
+
+    def resynchronised() -> bool:
+        enclave.mechanism.tick()
+        return "RESYNC" in [Message(int(m["type"])).name for m in hand.listen()[before:]]
+
+    until(resynchronised, "a replay")
+    hand.told(Message.THREAD_RUNNABLE, tid, after=before)
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+
+
+def test_children_of_a_member_join_and_leave(enclave: Any) -> None:
+    worker = enclave.worker()
+    hand = Hand(enclave.mechanism)
+    hand.decide(enclave.number(worker.pid))
+    worker.tell(b"f")
+
+    def child() -> list[int]:
+        enclave.mechanism.attend()
+        enclave.mechanism.tick()
+        hand.beat()
+        for number in {int(m["tid"]) for m in hand.listen() if m["type"] == Message.THREAD_RUNNABLE}:
+            hand.decide(number)
+        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+        return [int(pid) for pid in children if enclave.number(int(pid)) is not None]
+
+    (pid,) = until(child, "a child is a member")
+    number = enclave.number(pid)
+    os.kill(pid, signal.SIGKILL)
+    hand.decide(number)
+    hand.told(Message.THREAD_DEAD, number)
+
+
+def test_a_released_thread_is_as_it_was(enclave: Any) -> None:
+    worker = enclave.worker(adopted=False)
+    before, cpus = attributes.read(worker.pid), attributes.affinity(worker.pid)
+    enclave.mechanism.adopt(worker.pid)
+    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    assert attributes.read(worker.pid) != before
+    enclave.mechanism.release(worker.pid)
+    hand.told(Message.THREAD_DEAD, tid)
+    assert (attributes.read(worker.pid), attributes.affinity(worker.pid)) == (before, cpus)
+    assert enclave.number(worker.pid) is None
+
+
+def test_closing_leaves_nothing_changed(enclave: Any) -> None:
+    workers = [enclave.worker(adopted=False) for _ in range(3)]
+    before = [attributes.read(worker.pid) for worker in workers]
+    for worker in workers:
+        enclave.mechanism.adopt(worker.pid)
+    Hand(enclave.mechanism)
+    workers[0].run()
+    enclave.mechanism.close()
+    assert [attributes.read(worker.pid) for worker in workers] == before
+    assert enclave.journal.entries == []
+
+
+def test_a_thread_that_is_not_there_cannot_be_taken(enclave: Any) -> None:
+    with pytest.raises(ProcessLookupError):
+        enclave.mechanism.adopt(4_194_000)
+    assert enclave.journal.entries == []
