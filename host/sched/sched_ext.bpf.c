@@ -8,6 +8,9 @@
 #include "wave.bpf.h"
 #include "scx.h"
 
+#ifndef RING_HEARTBEAT_AT
+#define RING_HEARTBEAT_AT 18
+#endif
 #define FIFO 1 /* our dispatch queue for the time without an agent */
 #define FLUSH 8 /* held threads put into it at one look */
 #define FALLBACK_SLICE_NS 5000000
@@ -163,7 +166,7 @@ bool BPF_PROG(wave_yield, struct task_struct *from, struct task_struct *to)
 	if (t->state == RUNNING)
 		vacate(t->cpu, MESSAGE_THREAD_YIELDED, now);
 	bpf_spin_unlock(&lock);
-	from->scx.slice = 0; /* so that the CPU looks for another */
+	set_slice(from, 0); /* so that the CPU looks for another */
 	return false;
 }
 
@@ -307,7 +310,7 @@ void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 	if (cpu < 0) { /* a member's affinity is the enclave, so none waits for this CPU */
 		return;
 	}
-	if (prev && prev->scx.flags & SCX_TASK_QUEUED)
+	if (prev && queued(prev))
 		before = member_of(prev);
 	bpf_spin_lock(&lock);
 	rule = governed();
@@ -323,7 +326,7 @@ void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 	if (tid < 0)
 		return;
 	if (tid == before) {
-		prev->scx.slice = SCX_SLICE_INF;
+		set_slice(prev, SCX_SLICE_INF);
 		return;
 	}
 	p = bpf_task_from_pid(thread_at(tid)->pid);
