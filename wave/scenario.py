@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,13 +27,13 @@ _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """A table of the scenario. Unknown keys are errors, numbers are numbers (no "5" for 5), and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Service(_Part):
+class Service(Part):
     """How long a request computes. One of the forms below; `fixed_us` may also stand beside another form and is added to it."""
 
     samples: str | None = Field(default=None, description='measured service times: "file.csv", "file.npz:name" or "rocksdb:get"')
@@ -76,7 +77,7 @@ class Service(_Part):
         return "fixed"
 
 
-class RequestClass(_Part):
+class RequestClass(Part):
     """One kind of request."""
 
     name: str = Field(min_length=1, description="a name")
@@ -88,13 +89,13 @@ class RequestClass(_Part):
     qos: Annotated[int, Field(ge=0, le=255)] = Field(default=0, description="quality-of-service class, a whole number 0..255; the higher goes first")
 
 
-class Trace(_Part):
+class Trace(Part):
     """Arrivals from a file instead of a random process."""
 
     trace: str = Field(description="a CSV file with the columns time_ns, class, service_ns")
 
 
-class Workload(_Part):
+class Workload(Part):
     """Open-loop arrivals and what they ask for. Loads are absolute or a share of what the workers could serve at no cost at all."""
 
     arrivals: Literal["poisson"] | Trace = Field(default="poisson", description='"poisson" or {trace = "file.csv"}')
@@ -115,7 +116,7 @@ class Workload(_Part):
         return self
 
 
-class Host(_Part):
+class Host(Part):
     """The machine that acts: its cores' costs (a profile) and how much of it serves."""
 
     profile: str = Field(default="server", description="a host profile's name or TOML file")
@@ -124,7 +125,7 @@ class Host(_Part):
     costs: dict[str, int] = Field(default={}, description="costs that replace the profile's, as costs.switch_ns = 800")
 
 
-class LinkPart(_Part):
+class LinkPart(Part):
     """What joins host and IPU."""
 
     profile: str = Field(default="mount-evans", description="a link profile's name or TOML file")
@@ -135,7 +136,7 @@ class LinkPart(_Part):
     costs: dict[str, dict[str, int]] = Field(default={}, description="costs that replace the profile's, as costs.wire.one_way_ns = 500")
 
 
-class Agent(_Part):
+class Agent(Part):
     """The process that runs the policy. A cost is for a core of the host's speed; `speed` says how much slower an IPU core is."""
 
     message_ns: Literal["measured"] | Annotated[float, Field(ge=0)] = Field(
@@ -146,7 +147,7 @@ class Agent(_Part):
     )
 
 
-class Policies(_Part):
+class Policies(Part):
     """Which policies run, and their parameters."""
 
     names: list[str] = Field(default=["fifo", "shinjuku", "shinjuku_mq"], min_length=1, description='a list of policies, as ["fifo", "my_policy.py"]')
@@ -154,7 +155,7 @@ class Policies(_Part):
     params: dict[str, dict[str, bool | int | float]] = Field(default={}, description="a table of parameters for each policy")
 
 
-class Run(_Part):
+class Run(Part):
     """How long, how often, and from which seed."""
 
     seed: Annotated[int, Field(ge=0)] = Field(default=1, description="a whole number, 0 or more")
@@ -164,7 +165,7 @@ class Run(_Part):
     resolution_share: Annotated[float, Field(gt=0, le=0.5)] = Field(default=0.01, description="how fine saturation is searched, as a share of it")
 
 
-class Goal(_Part):
+class Goal(Part):
     """What a class's latency must not exceed for a load to count as served."""
 
     mean_us: _Positive | None = Field(default=None, description="a number of microseconds above 0")
@@ -176,28 +177,13 @@ class Goal(_Part):
     p999_x_mean: _Positive | None = Field(default=None, description="a multiple of the class's mean service time, above 0")
 
 
-class Scenario(_Part):
-    """The whole experiment. `base` is the folder that relative file names start from."""
+class File(Part):
+    """What scenarios of all subsystems have. `base` is the folder that relative file names start from."""
 
     name: str = Field(default="", description="a name for reports; the file's by default")
     about: str = Field(default="", description="one sentence on what it is for")
-    host: Host = Field(default_factory=Host, description="a [host] table")
-    link: LinkPart = Field(default_factory=LinkPart, description="a [link] table")
-    agent: Agent = Field(default_factory=Agent, description="an [agent] table")
-    workload: Workload = Field(description="a [workload] table with loads and classes")
-    policies: Policies = Field(default_factory=Policies, description="a [policies] table")
-    run: Run = Field(default_factory=Run, description="a [run] table")
-    objective: dict[str, Goal] = Field(default={}, description="a table of goals for each class")
     _origin: dict[str, str] = PrivateAttr(default_factory=dict)
     _base: Path = PrivateAttr(default=Path())
-
-    @model_validator(mode="after")
-    def _objective_names_classes(self) -> Scenario:
-        names = [each.name for each in self.workload.classes]
-        for name in self.objective:
-            if name not in names:
-                raise ValueError(f"objective.{name}: no such class{nearest(name, names)}")
-        return self
 
     @property
     def base(self) -> Path:
@@ -210,8 +196,44 @@ class Scenario(_Part):
         return {key: lookup_origin(self._origin, key) for key, _ in flatten(self.model_dump())}
 
 
-def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()) -> Scenario:
-    """The scenario of a shipped `name` or of a TOML file, with `settings` over it.
+class Scenario(File):
+    """The whole experiment."""
+
+    subsystem: Literal["sched"] = Field(default="sched", description='the subsystem it is about; these keys are those of "sched"')
+    host: Host = Field(default_factory=Host, description="a [host] table")
+    link: LinkPart = Field(default_factory=LinkPart, description="a [link] table")
+    agent: Agent = Field(default_factory=Agent, description="an [agent] table")
+    workload: Workload = Field(description="a [workload] table with loads and classes")
+    policies: Policies = Field(default_factory=Policies, description="a [policies] table")
+    run: Run = Field(default_factory=Run, description="a [run] table")
+    objective: dict[str, Goal] = Field(default={}, description="a table of goals for each class")
+
+    @model_validator(mode="after")
+    def _objective_names_classes(self) -> Scenario:
+        names = [each.name for each in self.workload.classes]
+        for name in self.objective:
+            if name not in names:
+                raise ValueError(f"objective.{name}: no such class{nearest(name, names)}")
+        return self
+
+
+SUBSYSTEMS = ("sched", "memory", "serving")
+"""Those with a model in virtual time. A scenario of another than "sched" has the keys of `SCHEMA` in `waveos.<subsystem>.scenario`."""
+
+
+def schema_of(raw: Mapping[str, Any], source: str) -> type[File]:
+    """The class that describes this scenario. Raises ConfigError for a subsystem that there is not."""
+    subsystem = raw.get("subsystem", "sched")
+    if subsystem == "sched":
+        return Scenario
+    if subsystem not in SUBSYSTEMS:
+        raise ConfigError(f"{source}: subsystem = {subsystem!r}{nearest(str(subsystem), SUBSYSTEMS)}: no such; there are {', '.join(SUBSYSTEMS)}")
+    schema: type[File] = import_module(f"waveos.{subsystem}.scenario").SCHEMA
+    return schema
+
+
+def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()) -> Any:
+    """The scenario of a shipped `name` or of a TOML file, with `settings` over it: a `Scenario`, or what another subsystem has for it.
 
     A setting is `"key=value"` as after `--set` (the key dotted, classes by name or number, the value as in TOML, quotes optional) or
     `(key, value, origin)` from another flag. Raises ConfigError for whatever cannot be, with file, line, key and remedy.
@@ -237,12 +259,13 @@ def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()
     return scenario if scenario.name else scenario.model_copy(update={"name": path.stem})
 
 
-def check_scenario(raw: Mapping[str, Any], *, source: str = "scenario", text: str = "", origin: Mapping[str, str] | None = None) -> Scenario:
+def check_scenario(raw: Mapping[str, Any], *, source: str = "scenario", text: str = "", origin: Mapping[str, str] | None = None) -> Any:
     """The scenario that the dictionary describes. Raises ConfigError; `source`, `text` and `origin` help it say where."""
+    schema = schema_of(raw, source)
     try:
-        return Scenario.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as errors:
-        raise ConfigError(explain_errors(errors, Scenario, raw, source=source, text=text, origin=origin or {})) from None
+        raise ConfigError(explain_errors(errors, schema, raw, source=source, text=text, origin=origin or {})) from None
 
 
 def scenario_folders() -> list[Path]:

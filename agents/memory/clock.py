@@ -18,7 +18,8 @@ class Clock(Policy, subsystem=memory, name="clock", compiled=False):
         self.hand, self.ticking = 0, False
 
     def region_mapped(self, msg, txns):
-        self.batches.resident[self.batches.map(msg)] = True
+        places = self.batches.map(msg)
+        self.batches.resident[places] = True
         if not self.ticking:
             self.ticking = True
             txns.wake_after(int(self.step_ms * 1e6))

@@ -16,7 +16,8 @@ class RegionAge(Policy, subsystem=memory, name="region_age", compiled=False):
         self.ticking = False
 
     def region_mapped(self, msg, txns):
-        self.batches.resident[self.batches.map(msg)] = True
+        places = self.batches.map(msg)
+        self.batches.resident[places] = True
         if not self.ticking:
             self.ticking = True
             txns.wake_after(int(self.scan_ms * 1e6))
