@@ -1,87 +1,316 @@
-"""agentd: the process that runs a policy for the host at the other end of a link.
+"""agentd: the process that decides, for the hosts at the other end of its links.
 
-    python -m waveos.agents.agentd shm://NAME POLICY [--cpus N] [--threads N] [--ahead N] [--core C] [--param KEY=VALUE] [--replay]
-
-It needs no privilege. It ends with the host, on SIGTERM or SIGINT, or with one line when the policy fails.
+It needs no privilege: hostd hands it the queues of an enclave (`shm:///run/wave/NAME/agent.sock`), or it finds a ring by name (`shm://NAME`). It polls as
+an ordinary thread. When hostd goes it waits for it to come back; an agent of a ring by name ends with its host. Both end at SIGTERM, and when the policy
+of the last enclave fails. What takes long (finding a host, compiling a policy) is done beside the loop, so that the other enclaves do not wait.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import math
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from waveos.agents.loop import POLICY_FAILED, serve
-from waveos.errors import ConfigError, LinkError, WaveError
+from waveos import tape
+from waveos.agents.loop import ENCLAVE, POLICY_FAILED, TAPE, join, serve
+from waveos.agents.plain import serve_plain
+from waveos.errors import ConfigError, LinkError, PolicyError, WaveError
+from waveos.histogram import BINS, filled_ns
 from waveos.link import MESSAGES, TXNS, open_link
-from waveos.primitives import clock_ns
 from waveos.policy import load_policy
+from waveos.primitives import clock_ns
+from waveos.process import start_time
 from waveos.sched.laws import failure, make_runtime
 from waveos.sched.records import MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
+IDLE_S = 0.005
+"""Between two looks while no enclave is served."""
+TAPE_RECORDS = 16 * TAPE
+PATIENCE_S = 5.0
+SWITCH_S = 0.000_5
+"""How long the compiling of another policy may keep the loop from going on."""
+RUNTIME_COUNTERS = ("waiting", "dropped", "restaged", "redelivered", "unserved")
 
 
-def run_agent(
-    url: str, policy: str, *, cpus: int, threads: int, ahead: int, params: dict[str, float], replay: bool = False, patience_s: float = 5.0
-) -> None:
-    """Serve the link until the host is gone. Raises LinkError when it cannot be opened, PolicyError when the policy fails."""
-    bound = load_policy(policy).bind(n_cpus=cpus, params=params)
-    runtime = make_runtime(bound, cpus=cpus, threads=threads, ahead=ahead)
-    out_words = runtime["out"][0].view(np.int64)
-    inbox = np.zeros(1, MESSAGE)
-    link: Any = open_link(url, side="agent", patience_s=patience_s)
+@dataclass(frozen=True)
+class Orders:
+    """What the agent was told on its command line."""
+
+    cpus: int = 8  # of enclaves whose host does not say
+    threads: int = MAX_THREADS
+    ahead: int = 0
+    params: dict[str, float] = field(default_factory=dict)
+    replay: bool = False
+    idle_us: float = 0.0  # 0: poll always
+    patience_s: float | None = None  # None: PATIENCE_S for a ring by name, for ever for hostd
+    measure: bool = False
+    record: Path | None = None
+
+
+class Task(threading.Thread):
+    """Something that takes long, beside the loop; it does not keep the process from ending."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """The thread's."""
+        try:
+            self._result = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """What came of it. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Served:
+    """One enclave, from the search for its host on. `row` is its record of the compiled loop."""
+
+    def __init__(self, url: str, policy: str | None, orders: Orders, row: np.ndarray[Any, Any], number: int) -> None:
+        self.url, self.orders, self._row = url, orders, row
+        self._policy, self._params = policy, orders.params
+        self._stays = url.startswith("shm:///")
+        self._number = number
+        self._tapes = 0
+        self._link: Any = None
+        self._bound: Any = None
+        self._runtime: Any = None
+        self._tape_path: Path | None = None
+        self._tape = np.zeros(TAPE_RECORDS if orders.record else 0, MESSAGE)
+        self._event, self._decide = (np.zeros(BINS if orders.measure else 0, np.int64) for _ in range(2))
+        self._task: Task | None = None
+        self._then: Callable[[Any], None] = self._found
+        self.over = False
+        self._search()
+
+    def _search(self) -> None:
+        self._begin(self._open, self._found)
+
+    def _begin(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        self._task, self._then = Task(work), then
+
+    # Finding the host
+
+    def _open(self) -> Any:
+        """Beside the loop: the link, and with a plain policy all that comes."""
+        patience_s = self.orders.patience_s
+        if patience_s is None:
+            patience_s = math.inf if self._stays else PATIENCE_S
+        subsystem = load_policy(self._policy).subsystem if self._policy else None
+        if not self._stays:
+            assert self._policy is not None
+            self._bound, self._runtime = self._bind({}, self._policy, self._params)
+            return open_link(self.url, side="agent", subsystem=subsystem, patience_s=patience_s)
+        about = {"pid": os.getpid(), "policy": self._policy}
+        return open_link(self.url, side="agent", subsystem=subsystem, patience_s=patience_s, prepare=self._prepare, about=about)
+
+    def _prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """hostd has told about its enclave: compile for it. Its policy counts where the agent has none of its own."""
+        if self._policy is None:
+            if not facts.get("policy"):
+                raise ConfigError(f"{self.url}: neither hostd nor this agent names a policy; give one: wave agentd {self.url} POLICY")
+            self._policy, self._params = facts["policy"], facts.get("params") or {}
+        self._bound, self._runtime = self._bind(facts, self._policy, self._params)
+        return {"policy": self._policy, "params": self._params}
+
+    def _bind(self, facts: dict[str, Any], policy: str, params: dict[str, float]) -> tuple[Any, Any]:
+        """The policy, compiled, and its runtime; (class, None) for a plain one."""
+        kind, orders = load_policy(policy), self.orders
+        if getattr(kind.subsystem, "PLAIN", False):
+            kind.param_values(params)
+            return kind, None
+        cpus, threads, ahead = (facts.get(name, getattr(orders, name)) for name in ("cpus", "threads", "ahead"))
+        bound = kind.bind(n_cpus=cpus, params=params)
+        return bound, make_runtime(bound, cpus=cpus, threads=threads, ahead=ahead)
+
+    def _found(self, link: Any) -> None:
+        self._link = link
+        if self._runtime is None:
+            self._begin(lambda: serve_plain(link, self._bound, self._params, replay=self.orders.replay), self._plain_over)
+        else:
+            self._join()
+
+    def _plain_over(self, _result: Any) -> None:
+        self._lost()
+
+    def _join(self) -> None:
+        """Let the loop serve the link's present queues with the present runtime."""
+        self._begin_tape()
+        handed = self._link.handed
+        times = {"event": self._event, "decide": self._decide} if len(self._event) else {}
+        tape_records = self._tape if self._tape_path else None
+        doorbell = handed.doorbell if handed else -1
+        up, down = self._link.queue(MESSAGES), self._link.queue(TXNS)
+        join(self._row, up, down, self._runtime, replay=self.orders.replay, doorbell=doorbell, tape=tape_records, **times)
+
+    # While it is served, between two slices of the loop
+
+    def step(self) -> None:
+        """Go on with what is not the loop's. Raises WaveError when this enclave cannot be served any more."""
+        if self._task is not None and not self._task.is_alive():
+            done, self._task = self._task, None
+            self._then(done.result())
+        if self._link is None or self._runtime is None or self._row["serving"][0] == 0:
+            return
+        self._save_tape()
+        try:
+            self._link.check()
+            if self._link.handed:
+                for request in self._link.handed.requests():
+                    self._answer(request)
+        except LinkError:
+            self._lost()
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        if "report" in request:
+            self._link.handed.answer({"report": self.report()})
+        elif "set-policy" in request:
+            wish = request["set-policy"]
+            name, params, facts = wish["policy"], wish.get("params") or {}, self._link.handed.facts
+            self._begin(lambda: self._try_bind(facts, name, params), self._change)
+
+    def _try_bind(self, facts: dict[str, Any], policy: str, params: dict[str, float]) -> Any:
+        try:
+            bound, runtime = self._bind(facts, policy, params)
+            if runtime is None or runtime.dtype != self._runtime.dtype:
+                raise PolicyError(f"policy {policy!r} is of another subsystem than the enclave")
+        except (WaveError, ValueError) as error:
+            return str(error)
+        return policy, params, bound, runtime
+
+    def _change(self, result: Any) -> None:
+        """The other policy is compiled, or why not: the old one ran on until here."""
+        if self._row["serving"][0] == 0:
+            return
+        try:
+            if isinstance(result, str):
+                self._link.handed.answer({"unwilling": result})
+                return
+            self._policy, self._params, self._bound, self._runtime = result
+            self._row["serving"] = 0
+            self._link.renew({"policy": self._policy, "params": self._params})
+            self._join()
+        except LinkError:
+            self._lost()
+
+    def _lost(self) -> None:
+        """The host is gone: wait for it, or have nothing to decide any more."""
+        self._row["serving"] = 0
+        self._save_tape()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if self._stays and self.orders.patience_s != 0:
+            self._search()
+        else:
+            self.over = True
+
+    def failed(self) -> WaveError | None:
+        """Why its policy failed, if it did."""
+        return failure(self._runtime, self._bound) if self._runtime is not None and self._runtime["failed"][0] else None
+
+    def report(self) -> dict[str, Any]:
+        """Counters since the link was joined, and, where times are measured, two histograms as (lower edge in ns, count)."""
+        told: dict[str, Any] = {name: int(self._row[name][0]) for name in ("messages", "decisions", "batches", "rings")}
+        told |= {name: int(self._runtime[name][0]) for name in RUNTIME_COUNTERS}
+        told |= {"policy": self._policy, "params": self._params, "pid": os.getpid(), "start": start_time(os.getpid())}
+        if len(self._event):
+            told |= {"event_ns": filled_ns(self._event), "decide_ns": filled_ns(self._decide)}
+        return told
+
+    def close(self) -> None:
+        """Leave the host."""
+        self._row["serving"] = 0
+        with contextlib.suppress(WaveError):
+            self._save_tape()
+        if self._link is not None:
+            self._link.close()
+
+    # The tape
+
+    def _begin_tape(self) -> None:
+        """A file for each time that the host's whole state comes: they can be replayed from their begin."""
+        if self.orders.record is None:
+            return
+        self._tapes += 1
+        path = self.orders.record
+        if self._number:
+            path = path.with_name(f"{path.name}-{self._number}")
+        self._tape_path = path if self._tapes == 1 else path.with_name(f"{path.name}.{self._tapes}")
+        head = self._runtime[0]
+        facts = {name: int(head[name]) for name in ("cpus", "threads", "ahead")}
+        tape.begin(self._tape_path, {"policy": self._policy, "params": self._params, **facts})
+
+    def _save_tape(self) -> None:
+        if self._tape_path is not None and (n := int(self._row["taped"][0])):
+            tape.append(self._tape_path, self._tape[:n])
+            self._row["taped"] = 0
+
+
+def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
+    """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
+    sys.setswitchinterval(SWITCH_S)
+    rows = np.zeros(len(urls), ENCLAVE)
+    served: list[Served] = []
+    last: WaveError | None = None
+    idle_ns = int(orders.idle_us * 1_000)
     try:
-        up, down = link.queue(MESSAGES), link.queue(TXNS)
-        while True:
-            status = serve(up.memory, up.own, down.memory, down.own, runtime, out_words, inbox, inbox.view(np.int64), replay, clock_ns() + SLICE_NS)
-            if status == POLICY_FAILED:
-                raise failure(runtime, bound)
-            try:
-                link.check()
-            except LinkError:
-                return  # the host has closed the link, or died: nothing is left to decide
+        served = [Served(url, policy, orders, rows[i : i + 1], i) for i, (url, policy) in enumerate(urls)]
+        while served:
+            if rows["serving"].any():
+                status = serve(rows, idle_ns, clock_ns() + SLICE_NS)
+            else:
+                status = None
+                threading.Event().wait(IDLE_S)
+            for each in list(served):
+                try:
+                    if status == POLICY_FAILED and (error := each.failed()):
+                        raise error
+                    each.step()
+                except WaveError as error:
+                    if len(served) > 1:
+                        print(f"agentd: {each.url}: {error}; the others go on", file=sys.stderr)
+                    last = error
+                    each.close()
+                    served.remove(each)
+                    continue
+                if each.over:
+                    served.remove(each)
     finally:
-        link.close()
+        for each in served:
+            each.close()
+    if last is not None:
+        raise last
 
 
-def _parameter(text: str) -> tuple[str, float]:
-    key, separator, value = text.partition("=")
-    try:
-        if not separator:
-            raise ValueError
-        return key, float(value)
-    except ValueError:
-        raise ConfigError(f"--param {text!r}: write KEY=NUMBER") from None
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="agentd", description="Run a policy for the host at the other end of a link.")
-    parser.add_argument("url", help="the link, e.g. shm://demo")
-    parser.add_argument("policy", help="a policy's name, or file.py[:Class]")
-    parser.add_argument("--cpus", type=int, default=8, help="CPUs of the enclave (default 8)")
-    parser.add_argument("--threads", type=int, default=MAX_THREADS, help=f"threads at most (default {MAX_THREADS})")
-    parser.add_argument("--ahead", type=int, default=0, help="decisions to prestage on a busy CPU (default 0)")
-    parser.add_argument("--core", type=int, default=None, help="run on this core only")
-    parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy")
-    parser.add_argument("--replay", action="store_true", help="the stream is a recording that holds its own batch ends")
-    options = parser.parse_args(arguments)
+def begin_life(core: int | None, nice: int) -> None:
+    """Bind this process to a core, make it the one that waits when another wants that core, and let SIGTERM and SIGINT end it cleanly."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    try:
-        if options.core is not None:
-            os.sched_setaffinity(0, {options.core})
-        params = dict(_parameter(text) for text in options.param)
-        run_agent(options.url, options.policy, cpus=options.cpus, threads=options.threads, ahead=options.ahead, params=params, replay=options.replay)
-    except (WaveError, ValueError, OSError) as error:
-        print(f"agentd: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, WaveError) else 1
-    return 0
+    if core is not None:
+        try:
+            os.sched_setaffinity(0, {core})
+        except OSError:
+            raise ConfigError(f"--core {core}: this process may use the cores {sorted(os.sched_getaffinity(0))}") from None
+    os.nice(nice)
 
 
 def _end(_number: int, _frame: object) -> None:
@@ -89,4 +318,6 @@ def _end(_number: int, _frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from waveos.cli import run
+
+    sys.exit(run(["agentd", *sys.argv[1:]]))

@@ -33,10 +33,11 @@ from waveos.bench import peers
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, WaveError
 from waveos.jit import jit
+from waveos.link import MESSAGES, TXNS
 from waveos.link.shm import ShmLink
-from waveos.primitives import LINE_WORDS, clock_ns, load, pause, store
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
+from waveos.primitives import LINE_WORDS, clock_ns, load, pause, store
 from waveos.record import VERSION
 from waveos.sched.laws import failure, make_runtime
 from waveos.sched.records import MESSAGE, SUBSYSTEM, Message
@@ -229,18 +230,17 @@ class _Agent:
     """What agentd does with a link: the policy's runtime and the compiled loop."""
 
     def __init__(self, link: ShmLink, policy: str, cpus: int) -> None:
-        from waveos.agents.loop import POLICY_FAILED, serve
+        from waveos.agents.loop import ENCLAVE, POLICY_FAILED, join, serve
 
         self._serve, self._failed = serve, POLICY_FAILED
         self.bound = load_policy(policy).bind(n_cpus=cpus)
         self.runtime = make_runtime(self.bound, cpus=cpus)
-        inbox = np.zeros(1, MESSAGE)
-        rings = link.messages_memory, link.messages_own, link.txns_memory, link.txns_own
-        self.arguments = *rings, self.runtime, self.runtime["out"][0].view(np.int64), inbox, inbox.view(np.int64), False
+        self.enclave = np.zeros(1, ENCLAVE)
+        join(self.enclave, link.queue(MESSAGES), link.queue(TXNS), self.runtime)
 
     def serve(self) -> None:
         """One slice. Raises PolicyError."""
-        if self._serve(*self.arguments, clock_ns() + SLICE_NS) == self._failed:
+        if self._serve(self.enclave, 0, clock_ns() + SLICE_NS) == self._failed:
             raise failure(self.runtime, self.bound)
 
 

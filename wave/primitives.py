@@ -1,4 +1,4 @@
-"""The five primitives that rings are written over: load, store, flush, fence, invalidate; and the clock and the pause of compiled loops.
+"""The five primitives that rings are written over: load, store, flush, fence, invalidate; and clock, pause, sleep and doorbell of compiled loops.
 
 A memory is a sequence of 64-bit words; `i` is a word's index; eight words are a line of 64 bytes. What a ring may rely on:
 
@@ -21,6 +21,7 @@ the methods of the memory: the strict model's (`waveos.ipu_emulator.strict`), or
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 LINE_WORDS = 8
+_ONE = (1).to_bytes(8, "little")
 Words = npt.NDArray[np.int64]
 
 
@@ -109,6 +111,16 @@ def pause() -> None:
     """Tell the core that this is a polling loop: x86 `pause`, Arm `yield`, elsewhere nothing."""
 
 
+def sleep_us(duration_us: int) -> None:
+    """Give the core away for that long at least (the timer slack, 50 µs by default, comes on top)."""
+    time.sleep(duration_us / 1e6)
+
+
+def ring_doorbell(fd: int) -> None:
+    """Wake who waits on the eventfd `fd`: one write(2). Records must be settled before."""
+    os.write(fd, _ONE)
+
+
 # Compiled: coherent shared memory, a C-contiguous array of int64. LLVM must see atomics, or it hoists a polling load out of its loop.
 
 _TIMESPEC = ir.ArrayType(ir.IntType(64), 2)
@@ -163,6 +175,29 @@ def _clock_ns(typing_context: Any) -> Any:
 
 
 @intrinsic
+def _sleep_us(typing_context: Any, duration_us: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        int32 = ir.IntType(32)
+        usleep = cgutils.get_or_insert_function(builder.module, ir.FunctionType(int32, [int32]), "usleep")
+        builder.call(usleep, [builder.trunc(arguments[0], int32)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _ring_doorbell(typing_context: Any, fd: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        int32, int64 = ir.IntType(32), ir.IntType(64)
+        one = cgutils.alloca_once_value(builder, ir.Constant(int64, 1))
+        write = cgutils.get_or_insert_function(builder.module, ir.FunctionType(int64, [int32, cgutils.voidptr_t, int64]), "write")
+        builder.call(write, [builder.trunc(arguments[0], int32), builder.bitcast(one, cgutils.voidptr_t), ir.Constant(int64, 8)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def _pause(typing_context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if platform.machine() in _PAUSES:
@@ -207,3 +242,13 @@ def _compiled_clock_ns() -> Any:
 @overload(pause, strict=False)
 def _compiled_pause() -> Any:
     return lambda: _pause()
+
+
+@overload(sleep_us, strict=False)
+def _compiled_sleep_us(duration_us: Any) -> Any:
+    return lambda duration_us: _sleep_us(duration_us)
+
+
+@overload(ring_doorbell, strict=False)
+def _compiled_ring_doorbell(fd: Any) -> Any:
+    return lambda fd: _ring_doorbell(fd)

@@ -7,7 +7,7 @@ The memory, in words of 8 bytes (`words(capacity)` of them):
 
 ========  =======================================================================================================================
 line 0    word 0 identity: magic 16 bits, version 8, subsystem 8, log2 of the capacity 8, generation 24. One word, so never half
-line 2    the producer's: records that found the ring full; how many producers have joined
+line 2    the producer's: records that found the ring full; how many producers have joined; its clock, as a sign of life
 line 4    the consumer's: position up to which slots are free again (credits); how many consumers have joined
 line 8..  `capacity` slots of one line each
 ========  =======================================================================================================================
@@ -31,7 +31,7 @@ from waveos.jit import jit, jitable
 from waveos.primitives import LINE_WORDS, clock_ns, fence, flush, invalidate, load, pause, store
 
 MAGIC = 0x5776
-IDENTITY_AT, OVERFLOW_AT, PRODUCERS_AT, CREDIT_AT, CONSUMERS_AT = 0, 16, 17, 32, 33
+IDENTITY_AT, OVERFLOW_AT, PRODUCERS_AT, HEARTBEAT_AT, CREDIT_AT, CONSUMERS_AT = 0, 16, 17, 18, 32, 33
 HEADER_WORDS = 64
 MAX_GENERATION = (1 << 24) - 1
 
@@ -60,6 +60,7 @@ def create(memory: Any, capacity: int, version: int, subsystem: int, generation:
 
     A peer that is still joined to an older ring takes no record of this one (the marks differ) and sees `restarted`.
     """
+    store(memory, HEARTBEAT_AT, 0)
     for line in range(1, HEADER_WORDS // LINE_WORDS + capacity):
         store(memory, line * LINE_WORDS, 0)
         store(memory, line * LINE_WORDS + 1, 0)
@@ -158,6 +159,20 @@ def overflowed(memory: Any) -> int:
     """How many records found the ring full since it was made; for the consumer (the producer has own[LOST])."""
     invalidate(memory, OVERFLOW_AT)
     return load(memory, OVERFLOW_AT)
+
+
+@jitable
+def beat(memory: Any, now_ns: int) -> None:
+    """The producer says that it lives: its clock, for a consumer that wants to know although there are no records."""
+    store(memory, HEARTBEAT_AT, now_ns)
+    flush(memory, HEARTBEAT_AT)
+
+
+@jitable
+def heartbeat(memory: Any) -> int:
+    """The producer's clock at its newest sign of life, ns; 0: none yet."""
+    invalidate(memory, HEARTBEAT_AT)
+    return load(memory, HEARTBEAT_AT)
 
 
 @jitable
@@ -298,5 +313,6 @@ def _publish(memory: Any, own: Any, position: int, first_word: int) -> None:
 @cache
 def compiled() -> SimpleNamespace:
     """The functions above for Python callers: compiled at the first call with int64 arrays and kept on disk."""
-    public = (create, retire, identity, restarted, join_producer, join_consumer, joins, overflowed, send, send_one, poll, poll_one, prefetch, wait)
+    set_up = (create, retire, identity, restarted, join_producer, join_consumer, joins, overflowed, beat, heartbeat)
+    public = (*set_up, send, send_one, poll, poll_one, prefetch, wait)
     return SimpleNamespace(**{function.__name__: jit(function) for function in public})

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from waveos.errors import ConfigError
+from waveos.histogram import middles_ns, quantile_ns
 from waveos.ipu_emulator import arrivals
 from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
 from waveos.ipu_emulator.clock import NEVER, reset_clock
-from waveos.ipu_emulator.histogram import middles_ns, quantile_ns
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.ipu_emulator.sched import fair
 from waveos.ipu_emulator.sched.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from waveos.histogram import BINS
 from waveos.ipu_emulator.arrivals import REQUEST_CLASS, STREAMS
 from waveos.ipu_emulator.clock import CLOCK
-from waveos.ipu_emulator.histogram import BINS
 from waveos.sched.laws import RUNTIME
 from waveos.sched.records import DECISION, MAX_CPUS, MAX_THREADS, MESSAGE
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
+from waveos.histogram import BINS, count_ns, middles_ns, quantile_ns
 from waveos.ipu_emulator.arrivals import ARRIVAL, CLASS, SERVICE, draw_class, draw_service_ns, exponential, seed_streams, uniform
 from waveos.ipu_emulator.clock import CLOCK, NEVER, first_due, reset_clock, set_due
-from waveos.ipu_emulator.histogram import BINS, count_ns, middles_ns, quantile_ns
 from waveos.ipu_emulator.sched import RequestClass, Service, _class_records
 
 

@@ -255,7 +255,30 @@ def check_prefetch(ring: Ring, pair: Pair, choices: Choices) -> None:
     assert consumer.side.line_fills == before and consumer.taken == producer.sent
 
 
-CHECKS = [check_stream, check_doorbell, check_crash, check_prefetch]
+def check_heartbeat(ring: Ring, pair: Pair, choices: Choices) -> None:
+    """Signs of life come through although no record does, in order, and a new ring has had none."""
+    machine = StrictMachine(choices)
+    memory = machine.memory(ring.words(2))
+    memory.words[ring.HEARTBEAT_AT] = 99
+    producer, consumer = (Peer(ring, memory.side(mapping)) for mapping in pair)
+    beats = 1 + choices.below(4)
+
+    def live() -> None:
+        ring.create(producer.side, 2, VERSION, SUBSYSTEM, GENERATION)
+        producer.join(True)
+        for now_ns in range(1, beats + 1):
+            ring.beat(producer.side, now_ns)
+
+    def listen() -> None:
+        consumer.join(False)
+        consumer.await_word(lambda: ring.heartbeat(consumer.side), beats)
+
+    machine.start(live)
+    machine.start(listen)
+    machine.run()
+
+
+CHECKS = [check_stream, check_doorbell, check_crash, check_prefetch, check_heartbeat]
 
 
 def search(check: Callable[[Ring, Pair, Choices], None], ring: Ring, pair: Pair, examples: int) -> None:

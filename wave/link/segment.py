@@ -27,6 +27,7 @@ import numpy.typing as npt
 from waveos import ring
 from waveos.errors import LinkError
 from waveos.names import nearest
+from waveos.process import start_time
 from waveos.record import VERSION
 
 Words = npt.NDArray[np.int64]
@@ -39,15 +40,6 @@ MAGIC_AT, VERSION_AT, SUBSYSTEM_AT, OWNER_AT, AGENT_AT, GENERATION_AT = 0, 1, 2,
 TABLE, ENTRY_WORDS, MAX_QUEUES = 16, 4, 64
 HEADER_BYTES = 4_096
 KINDS = {"messages": 1, "txns": 2}
-
-
-def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot (field 22 of /proc/PID/stat); None if there is no such process or it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def path_of(name: str) -> Path:

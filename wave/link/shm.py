@@ -1,6 +1,7 @@
 """`shm://NAME`: two processes of one machine, joined by rings in a segment of /dev/shm that both poll.
 
-The host's side makes the segment and its queues, the agent's attaches. A compiled agent loop uses the rings directly: `queue(MESSAGES)` and
+The host's side makes the segment and its queues, the agent's attaches. With a path (`shm:///run/wave/NAME/agent.sock`) the host is hostd, which hands its
+queues over that socket. A compiled agent loop uses the rings directly: `queue(MESSAGES)` and
 `queue(TXNS)` give the memory and this side's position words for the functions of `waveos.ring`.
 """
 
@@ -18,16 +19,21 @@ from numba import carray, njit
 
 from waveos import ring
 from waveos.errors import LinkError
+from waveos.handover import Message
 from waveos.jit import as_pointer, jit
 from waveos.link import MESSAGES, TXNS
-from waveos.link.segment import KINDS, Segment, start_time
+from waveos.link.handed import Handed, Prepare
+from waveos.link.segment import KINDS, Segment
 from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
 from waveos.primitives import CoherentMemory
+from waveos.process import start_time
 from waveos.record import RECORD_WORDS, VERSION
 
 POLL_SLICE_NS = 20_000_000
 """Longest stay in compiled code, so that signals reach Python."""
 KILL_AFTER_S = 2.0
+LONGEST_PAUSE_S = 0.2
+"""Between two looks for a host that is not there."""
 AGENT = (sys.executable, "-P", "-m", "waveos.agents.agentd")
 
 
@@ -75,10 +81,18 @@ def _wait(at: int, wait_ns: int) -> bool:
 
 class ShmLink(QueueVerbs):
     """One side of a shared-memory link; a context manager. Options: `messages` and `txns`, the capacities (powers of two), and
-    `patience_s`, how long an agent waits for its host to appear."""
+    `patience_s`, how long an agent waits for its host to appear; with a path also `prepare` and `about` of `Handed`."""
 
     def __init__(
-        self, url: str, side: str = "host", subsystem: Any = None, messages: int = 4_096, txns: int = 1_024, patience_s: float = 0.0
+        self,
+        url: str,
+        side: str = "host",
+        subsystem: Any = None,
+        messages: int = 4_096,
+        txns: int = 1_024,
+        patience_s: float = 0.0,
+        prepare: Prepare = lambda facts: {},
+        about: Message | None = None,
     ) -> None:
         if subsystem is None:
             from waveos import sched as subsystem
@@ -86,7 +100,11 @@ class ShmLink(QueueVerbs):
         self.name = url.removeprefix("shm://")
         self._agent: subprocess.Popen[bytes] | None = None
         self._queues: dict[int, Queue] = {}
+        self._segment: Any  # a Segment, or on the agent's side a Handed
+        self._prepare, self._about = prepare, about or {}
         if side == "host":
+            if self.name.startswith("/"):
+                raise LinkError(f"{url}: the host's side of such a link is hostd: `wave hostd`; or give the ring a name, as in shm://demo")
             for kind, capacity in (("messages", messages), ("txns", txns)):
                 _words_of(kind, capacity)
             self._segment = Segment.create(self.name, subsystem.SUBSYSTEM)
@@ -100,22 +118,44 @@ class ShmLink(QueueVerbs):
             self._attach(patience_s)
 
     def _attach(self, patience_s: float) -> None:
-        end = time.monotonic() + patience_s
+        end, pause_s = time.monotonic() + patience_s, 0.002
         while True:
             try:
-                self._segment = Segment.attach(self.name, self.subsystem.SUBSYSTEM)
-                self._queues = {}
+                self._segment = self._find()
                 try:
-                    self.queue(MESSAGES)
-                    self.queue(TXNS)
+                    self._join()
                 except BaseException:
                     self._segment.close()
                     raise
                 return
-            except LinkError:
-                if time.monotonic() >= end:
+            except LinkError as error:
+                if time.monotonic() >= end or getattr(error, "final", False):
                     raise
-                time.sleep(0.002)
+                time.sleep(pause_s)
+                pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
+
+    def _find(self) -> Segment | Handed:
+        if self.name.startswith("/"):
+            return Handed(self.name, self.subsystem.SUBSYSTEM, self._prepare, self._about)
+        return Segment.attach(self.name, self.subsystem.SUBSYSTEM)
+
+    def _join(self) -> None:
+        self._queues = {}
+        self.queue(MESSAGES)
+        self.queue(TXNS)
+
+    @property
+    def handed(self) -> Handed | None:
+        """What hostd handed over, and the way to speak with it; None on a link by name."""
+        return self._segment if isinstance(self._segment, Handed) else None
+
+    def renew(self, about: Message) -> None:
+        """Agent of a hostd: with a new policy, take new queues into which the host's whole state comes. Raises LinkError."""
+        if self.handed is None:
+            raise LinkError(f"{self.url}: only hostd (shm:///PATH) gives an agent new queues")
+        self._last, self._created = {}, 0
+        self.handed.attach(about)
+        self._join()
 
     # Set-up
 
@@ -124,7 +164,7 @@ class ShmLink(QueueVerbs):
         if self.side != "host":
             self._refuse("create_queue", "host")
         _words_of(kind, capacity)
-        number = self._segment.add_queue(kind, capacity)
+        number: int = self._segment.add_queue(kind, capacity)
         memory = self._segment.map_queue(number)
         ring.compiled().create(memory, capacity, VERSION, self.subsystem.SUBSYSTEM, self._segment.generation)
         self._segment.publish_queue(number, kind)
@@ -159,6 +199,7 @@ class ShmLink(QueueVerbs):
     def await_agent(self, timeout_s: float = 10.0) -> int:
         """Wait until an agent is attached; its pid. Raises LinkError if the one that was started ended, or after `timeout_s`."""
         end = time.monotonic() + timeout_s
+        pid: int
         while not (pid := self._segment.agent()):
             if self._agent is not None and self._agent.poll() is not None:
                 raise LinkError(f"the agent of {self.url} ended with status {self._agent.returncode} before it attached; see its messages above")

@@ -34,6 +34,11 @@ def quantile_ns(histogram: np.ndarray[Any, Any], q: float) -> float:
     return low + inside * (high - low)
 
 
+def filled_ns(histogram: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """What was counted, as (lower edge in ns, count) of the bins that are not empty."""
+    return [(int(_edges(int(each))[0]), int(histogram[each])) for each in np.flatnonzero(histogram)]
+
+
 def middles_ns(bins: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The middle of each of these bins, ns."""
     return np.array([sum(_edges(int(each))) / 2 for each in bins])

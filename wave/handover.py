@@ -1,0 +1,61 @@
+"""How hostd hands an enclave's queues to an agent: JSON messages and descriptors over a UNIX socket that keeps messages apart (SOCK_SEQPACKET).
+
+    agent   {"hello": {"version": 1, "policy": ...}}         who may connect, hostd knows from the socket (SO_PEERCRED)
+    hostd   {"facts": {"enclave", "subsystem", "cpus", "threads", "ahead", "policy", "params"}}       or {"refused": why, "final": ...}
+    agent   {"ready": {"policy": ..., "params": {...}}}      its policy is compiled; only now hostd makes empty rings and replays the state
+    hostd   {"attached": {"generation", "bytes": [of messages, of txns]}} with the descriptors [messages, txns, doorbell]
+
+Then at any time: hostd asks {"set-policy": {...}}, and the agent, once the new policy is compiled, says `ready` again, or {"unwilling": why}; hostd asks
+{"report": {}} and is told {"report": {...}}. Whoever goes away closes the socket: that is how the other side knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from typing import Any
+
+from waveos.errors import LinkError
+
+MAX_BYTES = 1 << 17
+MAX_DESCRIPTORS = 8
+Message = dict[str, Any]
+
+
+def tell(line: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
+    """Send one message. Raises LinkError if the other side is gone, or does not take in what it is told."""
+    data = json.dumps(message).encode()
+    if len(data) > MAX_BYTES:
+        raise LinkError(f"a message of {len(data)} bytes ({next(iter(message))}); at most {MAX_BYTES}")
+    try:
+        socket.send_fds(line, [data], descriptors or [], socket.MSG_NOSIGNAL)
+    except BlockingIOError as error:
+        raise LinkError("the other side does not take in what it is told") from error
+    except OSError as error:
+        raise LinkError(f"the other side is gone ({error.strerror})") from error
+
+
+def hear(line: socket.socket) -> tuple[Message, list[int]]:
+    """The next message and the descriptors with it. Raises LinkError if the other side is gone or speaks nonsense, BlockingIOError if there is none yet."""
+    try:
+        data, descriptors, flags, _ = socket.recv_fds(line, MAX_BYTES, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    except (BlockingIOError, TimeoutError):
+        raise
+    except OSError as error:
+        raise LinkError(f"the other side is gone ({error.strerror})") from error
+    try:
+        if not data:
+            raise LinkError("the other side is gone")
+        message = json.loads(data)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict) or not message:
+            raise ValueError
+    except (ValueError, LinkError) as error:
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        if isinstance(error, LinkError):
+            raise
+        raise LinkError(f"the other side speaks another language: {data[:60]!r}") from None
+    return message, descriptors
