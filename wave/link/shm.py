@@ -199,8 +199,7 @@ class ShmLink(QueueVerbs):
     def await_agent(self, timeout_s: float = 10.0) -> int:
         """Wait until an agent is attached; its pid. Raises LinkError if the one that was started ended, or after `timeout_s`."""
         end = time.monotonic() + timeout_s
-        pid: int
-        while not (pid := self._segment.agent()):
+        while not (pid := int(self._segment.agent())):
             if self._agent is not None and self._agent.poll() is not None:
                 raise LinkError(f"the agent of {self.url} ended with status {self._agent.returncode} before it attached; see its messages above")
             if time.monotonic() >= end:
