@@ -62,11 +62,11 @@ def answer(value):
 def attach(text, source):
     if source:
         os.environ["BCC_KERNEL_SOURCE"] = source
-    see_tracefs()
     try:
         bcc = import_module("bcc")
     except (ImportError, OSError) as error:
         raise Refused("bcc", str(error)) from None
+    see_tracefs()
     if os.path.isdir(os.path.join(tracefs(), "events/irq_vectors")):
         text = "#define IRQ_VECTORS\n" + text
     try:

@@ -14,6 +14,7 @@ from waveos.errors import ConfigError
 _HOLD = "import os, sys; go = os.read(int(sys.argv[1]), 1); os.close(int(sys.argv[1])); go and os.execvp(sys.argv[2], sys.argv[2:])"
 """Waits for one byte, then becomes the command; if whoever started it has gone instead, it ends."""
 _PATIENCE_S = 2.0
+_STDERR = 2
 
 
 class HeldCommand:
@@ -34,7 +35,7 @@ class HeldCommand:
                 [sys.executable, "-I", "-S", "-c", _HOLD, str(gate), *self.words],
                 pass_fds=(gate,),
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
+                stdout=_STDERR,
             )
         except BaseException:
             os.close(self._gate)

@@ -91,9 +91,9 @@ def _run(name: str, pids: str, cgroup: str, command: str, cpus: str, length: str
             watched = (*watched, held.pid)
         target = target_of.Target(watched, group, target_of.parse_numbers(cpus, "--cpus"))
         measured = open_now.enter_context(import_module("waveos.host.probes.probe").Probe(name, target))
-        talk(f"{name}: measuring{f' for {duration_s:g} s' if duration_s else ''}; Ctrl-C ends it early ...")
         interrupted = False
         try:
+            talk(f"{name}: measuring{f' for {duration_s:g} s' if duration_s else ''}; Ctrl-C ends it early ...")
             if held:
                 held.go()
                 held.wait(duration_s)
