@@ -35,7 +35,7 @@ BY_DMA = 8
 SERVICE_NS = 50.0
 """Of a record at the agent in virtual time, where its cost is measured: what is measured must not decide what happens."""
 SAMPLES = 256  # GET latencies drawn a step
-BINS = 128  # of the address space in maps
+BINS = 64  # of the address space in maps
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,9 @@ def load_costs(name: str, base: Path) -> Costs:
     try:
         return Costs.model_validate(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, ValidationError) as error:
-        why = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise ConfigError(f"{path}: {'.'.join(map(str, why['loc']))}: {why['msg'].lower()}") from None
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first else str(error)
+        raise ConfigError(f"{path}: {why}") from None
 
 
 class Machine:
@@ -193,9 +194,7 @@ class Machine:
         known = np.isin(decisions["type"], list(DECISION_TYPES.values()))
         moves = np.isin(decisions["type"], (Decision.RECLAIM, Decision.BRING_BACK))
         outcome[~known | (moves & (decisions["bytes"] <= 0))] = Outcome.INVALID
-        newest = np.zeros(self._padded, np.int64)
-        newest[: self.batches] = self._changed
-        newest = newest.reshape(-1, GROUP)
+        newest = self._by_group(self._changed)
         groups = np.where(chosen, decisions["first"] // GROUP, 0)
         named = np.unpackbits(np.ascontiguousarray(decisions["batches"]).view(np.uint8), bitorder="little").reshape(-1, GROUP).view(bool)
         stale = ((newest[groups] > decisions["seq"][:, None]) & named).any(axis=1)
@@ -242,7 +241,7 @@ class Machine:
     def _reclaim(self, groups: Any, words: Any, quotas: Any) -> Any:
         """Free these batches' pages, each order up to its quota; KiB by order."""
         chosen = self._rows(groups, words)
-        pages = np.where(chosen, self._padded_resident()[groups], 0)
+        pages = np.where(chosen, self._by_group(self.resident)[groups], 0)
         fits = np.cumsum(pages, axis=1) * PAGE_BYTES <= quotas[:, None]
         places = (GROUP * groups[:, None] + np.arange(GROUP))[chosen & fits]
         freed = np.where(fits, pages, 0).sum(axis=1)
@@ -253,7 +252,7 @@ class Machine:
     def _bring_back(self, groups: Any, words: Any, quotas: Any) -> Any:
         """Read these batches' pages ahead of their faults; KiB by order."""
         chosen = self._rows(groups, words)
-        pages = np.where(chosen, self.pages - self._padded_resident()[groups], 0)
+        pages = np.where(chosen, self.pages - self._by_group(self.resident)[groups], 0)
         fits = np.cumsum(pages, axis=1) * PAGE_BYTES <= quotas[:, None]
         places = (GROUP * groups[:, None] + np.arange(GROUP))[chosen & fits]
         self._cached[places] = self.pages - self.resident[places]
@@ -284,9 +283,10 @@ class Machine:
         self._young[places] = False
         self._refaulted[places] = False
 
-    def _padded_resident(self) -> Any:
+    def _by_group(self, of_batches: Any) -> Any:
+        """[groups, GROUP] int64."""
         padded = np.zeros(self._padded, np.int64)
-        padded[: self.batches] = self.resident
+        padded[: self.batches] = of_batches
         return padded.reshape(-1, GROUP)
 
     def _rows(self, groups: Any, words: Any) -> Any:

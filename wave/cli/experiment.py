@@ -9,20 +9,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results
-from waveos.cli.running import measure, only_in, open_pool, prepare, single_run, write_trace
+from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results, write_report
+from waveos.cli.running import measure, only_in, open_pool, prepare, run_subsystem, single_run, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
-
-if TYPE_CHECKING:
-    from waveos.scenario import Scenario
 
 commands = typer.Typer()
 config = typer.Typer(name="config", help="What a scenario says, and where each value comes from.", no_args_is_help=True)
@@ -63,6 +59,11 @@ def run(
     """One policy, in one place, under one load."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
     check_outputs(out, trace)
+    if scenario.subsystem != "sched":
+        _refuse(scenario, {"--trace": trace, "--load": load})
+        results, code = run_subsystem(scenario, placement)
+        give_results(results, out, None, as_json, stopped=code)
+        return code
     with open_pool(1) as pool:
         comparison = single_run(scenario, placement, pool)
         code = measure(comparison, pool, saturation=False)
@@ -96,6 +97,11 @@ def compare(
     """The kernel's own policy, and each policy with its agent on the host and on the IPU: what offload costs and saves."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
     check_outputs(out, report)
+    if scenario.subsystem != "sched":
+        _refuse(scenario, {"--loads": loads, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
+        results, code = run_subsystem(scenario)
+        give_results(results, out, report, as_json, stopped=code)
+        return code
     search = loads is None if saturation is None else saturation
     with open_pool(processes) as pool:
         comparison = prepare(scenario, pool)
@@ -132,6 +138,10 @@ def sweep(
         for values in combinations
     ]
     check_outputs(out)
+    if scenarios[0][1].subsystem != "sched":
+        raise ConfigError(
+            f"wave sweep is for scenarios of sched so far; {scenario_name} is one of {scenarios[0][1].subsystem}: use wave compare --set KEY=VALUE"
+        )
     rows: list[dict[str, Any]] = []
     code: int | None = None
     with open_pool(processes) as pool:
@@ -167,6 +177,7 @@ def trace(
     """Every event of some milliseconds of a run: CPUs, queues, link, agent, one track each."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load)
     check_outputs(out)
+    _refuse(scenario, {"wave trace": None if scenario.subsystem == "sched" else True})
     begin_ms = scenario.run.warmup_ms if from_ms is None else from_ms
     with open_pool(1) as pool:
         events = write_trace(single_run(scenario, placement, pool), pool, begin_ms, for_ms, out)
@@ -185,7 +196,7 @@ def report(
 ) -> None:
     """One self-contained HTML page from a results file."""
     results = read_results(results_path)
-    import_module("waveos.report.html").write_report(results, out)
+    write_report(results, out)
     if as_json:
         print_json({"path": str(out), "name": results.get("name")})
     else:
@@ -238,7 +249,7 @@ def _load(
     loads: str | None = None,
     world: str = "virtual",
     extra: Sequence[tuple[str, Any, str]] = (),
-) -> Scenario:
+) -> Any:
     """The scenario with the flags over its keys."""
     from waveos.scenario import load_scenario
 
@@ -256,6 +267,13 @@ def _load(
     if loads is not None:
         flags += [("workload.loads_per_s", [_parse_load(each) for each in loads.split(",")], "--loads"), ("workload.loads_share", [], "--loads")]
     return load_scenario(name, flags)
+
+
+def _refuse(scenario: Any, flags: dict[str, Any]) -> None:
+    """Flags that mean nothing for the scenario's subsystem."""
+    for flag, value in flags.items():
+        if value is not None:
+            raise ConfigError(f"{flag} is for scenarios of sched; {scenario.name} is one of {scenario.subsystem}: leave it out")
 
 
 def _parse_load(text: str) -> float:

@@ -15,15 +15,26 @@ from waveos.errors import ConfigError
 def give_results(results: Mapping[str, Any], out: Path | None, report: Path | None, as_json: bool, *, stopped: int | None = None) -> None:
     """Results to stdout, and to the files that were asked for."""
     keep_results(results, out, stopped=stopped)
+    page = "html" if results.get("subsystem", "sched") == "sched" else results["subsystem"]
     if as_json:
         print_json(results)
     elif results["configs"]:
-        stdout().print(import_module("waveos.report.table").comparison_table(results))
+        if page == "html":
+            stdout().print(import_module("waveos.report.table").comparison_table(results))
+        else:
+            columns, rows = import_module(f"waveos.report.{page}").table(results)
+            print_table(columns, rows, title=f"{results['name']}: timing {results['timing']}", numbers=columns[1:])
         for note in results["notes"]:
             talk(f"note: {note}")
     if report is not None and stopped is None:
-        import_module("waveos.report.html").write_report(results, report)
+        write_report(results, report)
         talk(f"report: {report}")
+
+
+def write_report(results: Mapping[str, Any], path: Path) -> None:
+    """One self-contained HTML page, as the results' subsystem draws it."""
+    page = "html" if results.get("subsystem", "sched") == "sched" else results["subsystem"]
+    import_module("waveos.output").write_file(path, import_module(f"waveos.report.{page}").render_report(results))
 
 
 def keep_results(results: Mapping[str, Any], out: Path | None, *, stopped: int | None) -> None:

@@ -46,6 +46,23 @@ def prepare(scenario: Scenario, pool: Any = None, *, only: Callable[[Any], bool]
     )
 
 
+def run_subsystem(scenario: Any, placement: str = "all") -> tuple[Any, int | None]:
+    """The comparison of a subsystem other than sched, and the exit code 130 when Ctrl-C stopped it, else None.
+
+    Such a subsystem has `compare(scenario, placements, progress)` in `waveos.ipu_emulator.<subsystem>.experiment`, which gives the results (a dict with
+    `subsystem`, `configs`, `notes`, `interrupted`) and, stopped, those it has; and in `waveos.report.<subsystem>` `table(results)` as (columns, rows)
+    and `render_report(results)` as HTML.
+    """
+    experiment = import_module(f"waveos.ipu_emulator.{scenario.subsystem}.experiment")
+    places = experiment.PLACEMENTS
+    if placement not in (*places, "all"):
+        raise ConfigError(f"--placement {placement}: no such place{nearest(placement, places)}; there are {', '.join(places)}")
+    with _show_progress("", "") as progress:
+        results = experiment.compare(scenario, places if placement == "all" else (placement,), progress)
+    results["machine"] = import_module("waveos.bench.machine").describe_machine()
+    return results, INTERRUPTED if results["interrupted"] else None
+
+
 def gather_inputs(scenario: Scenario, pool: Any = None) -> Any:
     """What the scenario reads besides itself: files, service times measured on this machine, costs of the policies' messages on it.
 
@@ -141,19 +158,19 @@ def measure(comparison: Any, pool: Any, *, saturation: bool, ablation: bool = Fa
 
 
 @contextlib.contextmanager
-def _show_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar where stderr is a terminal, else a line now and then."""
+def _show_progress(label: str, compiling: str = _COMPILING) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar where stderr is a terminal, else a line now and then; `compiling` is said while nothing is done yet."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"{label}starting; {_COMPILING}", total=None)
+            task = bar.add_task(f"{label}starting; {compiling}", total=None)
             yield lambda done, expected, what: bar.update(task, completed=done, total=expected, description=f"{label}{what}")
         return
     last = time.monotonic() - _EVERY_S + 1  # the first line soon
-    waiting = threading.Timer(3, talk, (_COMPILING,))
+    waiting = threading.Timer(3, talk, (compiling,)) if compiling else threading.Timer(0, lambda: None)
     waiting.daemon = True
 
     def say(done: int, expected: int, what: str) -> None:
