@@ -64,7 +64,7 @@ class Attributes:
 def read(tid: int) -> Attributes:
     """The attributes of a thread (0: the caller's). A slice that is the kernel's own is 0. Raises ProcessLookupError if it is gone."""
     found = _read(tid)
-    if found.policy in _FAIR and found.slice_ns and found.slice_ns == _usual_slice_ns():
+    if found.policy in _FAIR and found.slice_ns and found.slice_ns == usual_slice_ns():
         found = replace(found, slice_ns=0)
     elif found.policy in ("FIFO", "RR"):  # the kernel keeps the nice value for the way back, and tells it here alone
         found = replace(found, nice=os.getpriority(os.PRIO_PROCESS, tid))
@@ -122,7 +122,7 @@ def set_affinity(tid: int, cpus: Iterable[int]) -> None:
         raise _explained(error.errno or 0, tid, f"binding it to CPUs {cpus}") from None
 
 
-def _usual_slice_ns() -> int:
+def usual_slice_ns() -> int:
     """The slice of threads that nobody gave one: as the first process has it."""
     first = _read(1)
     return first.slice_ns if first.policy in _FAIR else 0
