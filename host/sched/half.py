@@ -28,8 +28,7 @@ THREAD = np.dtype(
         ("epoch", "u4"),
         ("state", "u1"),
         ("dying", "u1"),
-        ("held", "u1"),
-        ("spare", "u1"),
+        ("spare", "u1", (2,)),
         ("allowed", "u8", (CPUS // 64,)),
     ]
 )
@@ -63,8 +62,7 @@ HOST = np.dtype(
         ("hostd", "u4"),
         ("live", "u1"),
         ("lost", "u1"),
-        ("spare", "u1", (2,)),
-        ("held", "u4"),
+        ("spare", "u1", (6,)),
         ("overflow", "u8"),
         ("outcomes", "u8", (16,)),
         ("messages", "u8"),

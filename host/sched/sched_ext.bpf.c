@@ -8,12 +8,10 @@
 #include "wave.bpf.h"
 #include "scx.h"
 
-#ifndef RING_HEARTBEAT_AT
-#define RING_HEARTBEAT_AT 18
-#endif
-#define FIFO 1 /* our dispatch queue for the time without an agent */
-#define FLUSH 8 /* held threads put into it at one look */
-#define FALLBACK_SLICE_NS 5000000
+#define HELD 1       /* the queue of threads that wait: for a decision, or without an agent for their turn */
+#define QUEUE_OF 16  /* + enclave's CPU: the queue of what was decided for it */
+#define TRIES 3      /* decisions that one look may find overtaken by what the kernel does meanwhile */
+#define TURN_NS 5000000
 #define WATCH_NS 5000000
 
 u64 silent_ns = 20000000; /* set by hostd */
@@ -32,15 +30,6 @@ struct {
 static __always_inline bool governed(void)
 {
 	return host.live && !host.lost;
-}
-
-/* A held thread is in no queue; only a decision, or the loss of the agent, brings it on. */
-static __always_inline void hold(s32 tid, bool held)
-{
-	struct thread *t = thread_at(tid);
-
-	host.held += held - t->held;
-	t->held = held;
 }
 
 /* ── a thread's life ───────────────────────────────────────────────────────────────────────────────────────────────── */
@@ -68,55 +57,40 @@ void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
 SEC("struct_ops/enqueue")
 void BPF_PROG(wave_enqueue, struct task_struct *p, u64 enq_flags)
 {
-	s32 tid = member_of(p);
-	bool held;
-
-	if (tid < 0) { /* of the class, but not ours: as if there were no scheduler */
+	if (member_of(p) < 0) /* of the class, but not ours: as if there were no scheduler */
 		insert(p, SCX_DSQ_GLOBAL, SCX_SLICE_DFL, enq_flags);
-		return;
-	}
-	bpf_spin_lock(&lock);
-	held = governed();
-	hold(tid, held);
-	bpf_spin_unlock(&lock);
-	if (!held)
-		insert(p, FIFO, FALLBACK_SLICE_NS, enq_flags);
-}
-
-SEC("struct_ops/dequeue")
-void BPF_PROG(wave_dequeue, struct task_struct *p, u64 deq_flags)
-{
-	s32 tid = member_of(p);
-
-	if (tid < 0)
-		return;
-	bpf_spin_lock(&lock);
-	hold(tid, false);
-	bpf_spin_unlock(&lock);
+	else
+		insert(p, HELD, SCX_SLICE_INF, enq_flags);
 }
 
 SEC("struct_ops/running")
 void BPF_PROG(wave_running, struct task_struct *p)
 {
 	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
-	u64 now = bpf_ktime_get_ns();
+	u64 now = bpf_ktime_get_ns(), turn_ns = SCX_SLICE_INF;
+	struct thread *t;
 	struct cpu *c;
 
 	if (tid < 0)
 		return;
+	t = thread_at(tid);
 	bpf_spin_lock(&lock);
-	thread_at(tid)->since_ns = now;
-	hold(tid, false);
+	t->since_ns = now;
+	if (t->state == BLOCKED) /* it joined while it was on its CPU */
+		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
 	if (cpu >= 0) {
 		c = cpu_at(cpu);
-		if (c->running != tid) {
+		if (c->running != tid) { /* without a decision: for a turn if there is no agent, else until the next look */
 			if (c->running >= 0)
 				vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
 			c->stray = tid;
 			host.strays++;
+			turn_ns = governed() ? 0 : TURN_NS;
 		}
 	}
 	bpf_spin_unlock(&lock);
+	if (turn_ns != SCX_SLICE_INF)
+		set_slice(p, turn_ns);
 }
 
 SEC("struct_ops/stopping")
@@ -124,14 +98,20 @@ void BPF_PROG(wave_stopping, struct task_struct *p, bool runnable)
 {
 	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
 	u64 now = bpf_ktime_get_ns();
+	bool rung = false;
 
 	if (tid < 0)
 		return;
 	bpf_spin_lock(&lock);
 	thread_at(tid)->ran_ns += now - thread_at(tid)->since_ns;
-	if (cpu >= 0 && cpu_at(cpu)->stray == tid)
-		cpu_at(cpu)->stray = NOBODY;
+	if (cpu >= 0) {
+		if (cpu_at(cpu)->stray == tid)
+			cpu_at(cpu)->stray = NOBODY;
+		rung = cpu_at(cpu)->rung;
+	}
 	bpf_spin_unlock(&lock);
+	if (runnable && rung) /* hostd hopped here: the CPU is to look, not to go on with what it had */
+		set_slice(p, 0);
 }
 
 SEC("struct_ops/quiescent")
@@ -236,37 +216,12 @@ void BPF_PROG(wave_disable, struct task_struct *p)
 		vacate(t->cpu, MESSAGE_THREAD_DEAD, now);
 	else if (t->state != ABSENT)
 		change(tid, ABSENT, MESSAGE_THREAD_DEAD, NOBODY, now);
-	hold(tid, false);
 	if (t->dying)
 		t->pid = 0;
 	bpf_spin_unlock(&lock);
 }
 
 /* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
-
-/* Without an agent: put threads that were held for it into the kernel's own queue, a few at a time. */
-static __always_inline void flush(void)
-{
-	u32 tid, moved = 0;
-
-	bpf_for(tid, 0, THREADS) {
-		struct task_struct *p;
-
-		if (moved >= FLUSH)
-			break;
-		if (!thread_at(tid)->held)
-			continue;
-		p = bpf_task_from_pid(thread_at(tid)->pid);
-		if (!p)
-			continue;
-		bpf_spin_lock(&lock);
-		hold(tid, false);
-		bpf_spin_unlock(&lock);
-		insert(p, FIFO, FALLBACK_SLICE_NS, 0);
-		bpf_task_release(p);
-		moved++;
-	}
-}
 
 /* What the CPU runs next, as decided; NOBODY: nothing is. `prev` runs there now and could go on, or is NOBODY. */
 static __always_inline s32 next(u32 cpu, s32 prev, u64 now)
@@ -299,41 +254,59 @@ static __always_inline s32 next(u32 cpu, s32 prev, u64 now)
 	return tid;
 }
 
+/* Bring the thread that was committed to the CPU there, from where it waits. It goes through a queue of the CPU's, not straight to it: the kernel
+ * passes over a thread in a queue that may not run here, but ends a scheduler that sends one. False: it does not wait any more, or may not run here. */
+static __always_inline bool bring(s32 tid, u32 cpu)
+{
+	struct task_struct *p = bpf_task_from_pid(thread_at(tid)->pid);
+	bool moved, came;
+
+	if (!p)
+		return false;
+	moved = move(p, HELD, QUEUE_OF + cpu, SCX_SLICE_INF, 0);
+	came = moved && to_local(QUEUE_OF + cpu);
+	if (moved && !came)
+		move(p, QUEUE_OF + cpu, HELD, SCX_SLICE_INF, 0);
+	bpf_task_release(p);
+	return came;
+}
+
 SEC("struct_ops/dispatch")
 void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 {
-	s32 cpu = enclave_cpu(kernel), before = NOBODY, tid = NOBODY;
+	s32 cpu = enclave_cpu(kernel), before = NOBODY, tid;
 	u64 now = bpf_ktime_get_ns();
-	struct task_struct *p;
 	bool rule;
+	u32 i;
 
-	if (cpu < 0) { /* a member's affinity is the enclave, so none waits for this CPU */
+	if (cpu < 0) /* a member's affinity is the enclave, so none waits for this CPU */
 		return;
-	}
 	if (prev && queued(prev))
 		before = member_of(prev);
-	bpf_spin_lock(&lock);
-	rule = governed();
-	if (rule)
-		tid = next(cpu, before, now);
-	bpf_spin_unlock(&lock);
-	if (!rule) {
-		if (host.held)
-			flush();
-		to_local(FIFO);
-		return;
+	bpf_for(i, 0, TRIES) {
+		tid = NOBODY;
+		bpf_spin_lock(&lock);
+		rule = governed();
+		if (rule)
+			tid = next(cpu, before, now);
+		bpf_spin_unlock(&lock);
+		if (!rule) {
+			to_local(HELD);
+			return;
+		}
+		if (tid < 0)
+			return;
+		if (tid == before) {
+			set_slice(prev, SCX_SLICE_INF);
+			return;
+		}
+		if (bring(tid, cpu))
+			return;
+		bpf_spin_lock(&lock);
+		if (cpu_at(cpu)->running == tid)
+			vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+		bpf_spin_unlock(&lock);
 	}
-	if (tid < 0)
-		return;
-	if (tid == before) {
-		set_slice(prev, SCX_SLICE_INF);
-		return;
-	}
-	p = bpf_task_from_pid(thread_at(tid)->pid);
-	if (!p)
-		return; /* it is exiting; `disable` tells */
-	insert(p, SCX_DSQ_LOCAL, SCX_SLICE_INF, 0);
-	bpf_task_release(p);
 }
 
 SEC("struct_ops/cpu_release")
@@ -389,16 +362,16 @@ static __always_inline void kick_all(void)
 static int look(void *map, u32 *key, struct watch *w)
 {
 	u64 now = bpf_ktime_get_ns(), beat = *(volatile u64 *)&txns.header[RING_HEARTBEAT_AT];
-	bool stuck;
+	bool lost = false;
 
 	bpf_spin_lock(&lock);
 	if (host.live && now > beat && now - beat > silent_ns) {
 		host.live = 0;
 		host.fallbacks++;
+		lost = true;
 	}
-	stuck = !governed() && host.held;
 	bpf_spin_unlock(&lock);
-	if (stuck)
+	if (lost || (!governed() && scx_bpf_dsq_nr_queued(HELD) > 0))
 		kick_all();
 	bpf_timer_start(&w->timer, WATCH_NS, 0);
 	return 0;
@@ -408,7 +381,7 @@ SEC("struct_ops.s/init")
 s32 BPF_PROG(wave_init)
 {
 	struct watch *w;
-	u32 key = 0;
+	u32 key = 0, cpu;
 
 	w = bpf_map_lookup_elem(&watch, &key);
 	if (!w)
@@ -416,7 +389,10 @@ s32 BPF_PROG(wave_init)
 	bpf_timer_init(&w->timer, &watch, 1 /* CLOCK_MONOTONIC */);
 	bpf_timer_set_callback(&w->timer, look);
 	bpf_timer_start(&w->timer, WATCH_NS, 0);
-	return make_queue(FIFO);
+	bpf_for(cpu, 0, host.cpus)
+		if (make_queue(QUEUE_OF + cpu))
+			return -1;
+	return make_queue(HELD);
 }
 
 SEC("struct_ops/exit")
@@ -425,13 +401,21 @@ void BPF_PROG(wave_exit, struct scx_exit_info *info)
 	host.live = 0;
 }
 
-/* The doorbell rang, or hostd looks now and then: kick the CPUs whose decisions cannot wait. Returns how many. */
+/* CPUs, by the kernel's numbers, that hostd must visit because this kernel cannot be asked to kick them. */
+struct visits {
+	u64 n;
+	u32 cpu[CPUS];
+};
+struct visits visits SEC(".bss.visits");
+
+/* The doorbell rang, or hostd looks now and then: make the CPUs look whose decisions cannot wait. Returns how many hostd is to visit. */
 SEC("syscall")
 int attend(void *context)
 {
-	u64 now = bpf_ktime_get_ns();
-	u32 i, taken, cpu, kicked = 0;
+	u64 now = bpf_ktime_get_ns(), at;
+	u32 i, taken, cpu;
 
+	visits.n = 0;
 	bpf_for(i, 0, TXNS / DRAIN) {
 		bpf_spin_lock(&lock);
 		taken = drain(now);
@@ -442,13 +426,16 @@ int attend(void *context)
 	bpf_for(cpu, 0, host.cpus) {
 		struct cpu *c = cpu_at(cpu);
 
-		if (c->rung) {
-			kick(c->kernel, c->running >= 0 ? SCX_KICK_PREEMPT : 0);
-			kicked++;
+		if (governed() ? !c->rung : scx_bpf_dsq_nr_queued(HELD) <= 0)
+			continue;
+		host.acts++;
+		if (!kick(c->kernel, c->running >= 0 || c->stray >= 0 ? SCX_KICK_PREEMPT : 0)) {
+			at = visits.n++;
+			bounded(at, CPUS);
+			visits.cpu[at] = c->kernel;
 		}
 	}
-	host.acts += kicked;
-	return kicked;
+	return visits.n;
 }
 
 SEC(".struct_ops.link")
@@ -456,7 +443,6 @@ struct sched_ext_ops wave_ops = {
 	.select_cpu = (void *)wave_select_cpu,
 	.runnable = (void *)wave_runnable,
 	.enqueue = (void *)wave_enqueue,
-	.dequeue = (void *)wave_dequeue,
 	.running = (void *)wave_running,
 	.stopping = (void *)wave_stopping,
 	.quiescent = (void *)wave_quiescent,

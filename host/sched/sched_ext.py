@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
 from waveos.host.sched.governor import Governor
+from waveos.host.sched.half import CPUS
 
 OBJECT = Path(__file__).with_name("sched_ext.bpf.o")
+VISITS = np.dtype([("n", "u8"), ("cpu", "u4", (CPUS,))])
 OPS = Path("/sys/kernel/sched_ext/root/ops")
 
 
@@ -25,6 +30,7 @@ class SchedExt(Governor):
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
             self._bpf.section(".data")[:8].view("u8")[0] = self._silent_ns
+            self._visits: Any = self._bpf.section(".bss.visits")[: VISITS.itemsize].view(VISITS)[0]
             self._bpf.attach("on_fork", "on_exit")
             self._scheduler: Any = self._bpf.struct_ops("wave_ops")
         except BaseException:
@@ -32,8 +38,13 @@ class SchedExt(Governor):
             raise
 
     def _enforce(self) -> None:
-        """Kick the CPUs that have something to look at."""
-        self._attend.run()
+        """Have the CPUs look that have something to look at; where the kernel cannot kick them, be on each of them for a moment."""
+        visits = self._attend.run()
+        if visits:
+            home = os.sched_getaffinity(0)
+            for cpu in self._visits["cpu"][:visits].tolist():
+                os.sched_setaffinity(0, {cpu})
+            os.sched_setaffinity(0, home)
 
     def _let_be(self) -> None:
         """No agent for long: unregister, and the kernel's default scheduler has the threads."""

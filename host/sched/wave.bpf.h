@@ -65,8 +65,7 @@ struct thread {
 	u32 epoch;     /* of the replay in which the agent heard of it */
 	u8 state;
 	u8 dying;
-	u8 held; /* sched_ext: in no queue of the kernel's; a decision puts it on a CPU */
-	u8 spare;
+	u8 spare[2];
 	u64 allowed[CPUS / 64]; /* enclave CPUs it may run on */
 };
 struct cpu {
@@ -93,8 +92,7 @@ struct host {
 	u32 hostd;     /* pid of the daemon, whose own turns on a CPU are no news */
 	u8 live;       /* an agent is attached and alive */
 	u8 lost;       /* messages were lost; nothing is sent until the state is replayed */
-	u8 spare[2];
-	u32 held;      /* threads held */
+	u8 spare[6];
 	u64 overflow;  /* messages that found the ring full */
 	u64 outcomes[16];
 	u64 messages;
