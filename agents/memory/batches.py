@@ -111,16 +111,19 @@ class Batches:
 
 
 class Quota:
-    """How many bytes may be moved: so many a second, saved up for `burst_s` at most."""
+    """How much may be moved: a share of all memory each second, and no more than the host allows; saved up for `burst_s` at most."""
 
-    def __init__(self, bytes_per_s: float, burst_s: float = 2.0) -> None:
-        self.bytes_per_s, self.burst_s = bytes_per_s, burst_s
+    def __init__(self, share_per_s: float, burst_s: float = 2.0) -> None:
+        self.share_per_s, self.burst_s = share_per_s, burst_s
+        self.allowed_bytes_per_s = float("inf")
         self._left, self._at_ns = 0.0, 0
 
-    def choose(self, wanted: Flags, sizes: Any, now_ns: int, order: Any = None) -> Flags:
+    def choose(self, of: Batches, wanted: Flags, now_ns: int, order: Any = None) -> Flags:
         """As many of the wanted batches as fit, those with the highest `order` first, or from where they lie."""
+        sizes, live = of.bytes, of.live  # type: ignore[attr-defined]
+        bytes_per_s = min(self.share_per_s * float(sizes[live].sum()), self.allowed_bytes_per_s)
         if self._at_ns:
-            self._left = min(self.bytes_per_s * self.burst_s, self._left + self.bytes_per_s * (now_ns - self._at_ns) * 1e-9)
+            self._left = min(bytes_per_s * self.burst_s, self._left + bytes_per_s * (now_ns - self._at_ns) * 1e-9)
         self._at_ns = now_ns
         places = np.flatnonzero(wanted)
         if order is not None:

@@ -10,11 +10,11 @@ class Clock(Policy, subsystem=memory, name="clock", compiled=False):
 
     round_ms: Param = 19_200
     step_ms: Param = 600
-    quota_mib_per_s: Param = 400
+    quota_share_per_s: Param = 0.05
 
     def start(self):
         self.batches = Batches(visited="?", resident="?")
-        self.quota = Quota(self.quota_mib_per_s * 2**20)
+        self.quota = Quota(self.quota_share_per_s)
         self.hand, self.ticking = 0, False
 
     def region_mapped(self, msg, txns):
@@ -28,7 +28,7 @@ class Clock(Policy, subsystem=memory, name="clock", compiled=False):
         self.batches.unmap(msg)
 
     def budget_changed(self, msg, txns):
-        self.quota.bytes_per_s = min(msg.bytes, self.quota_mib_per_s * 2**20)
+        self.quota.allowed_bytes_per_s = msg.bytes
 
     def accessed(self, msgs, txns):
         self.batches.hear(msgs)
@@ -44,7 +44,7 @@ class Clock(Policy, subsystem=memory, name="clock", compiled=False):
         of.visited |= scanned  # the first look only clears the bit
         of.resident |= touched
         if cold.any():
-            cold = self.quota.choose(cold, of.bytes, msg.time_ns)
+            cold = self.quota.choose(of, cold, msg.time_ns)
             region, first, words = of.where(cold)
             memory.reclaim(txns, region, first, words, quota_bytes=64 * int(of.bytes.max()))
             of.resident[cold] = False

@@ -8,11 +8,11 @@ class RegionAge(Policy, subsystem=memory, name="region_age", compiled=False):
 
     scan_ms: Param = 2_400
     age_ms: Param = 19_200
-    quota_mib_per_s: Param = 400
+    quota_share_per_s: Param = 0.05
 
     def start(self):
         self.batches = Batches(idle="u2", resident="?")
-        self.quota = Quota(self.quota_mib_per_s * 2**20)
+        self.quota = Quota(self.quota_share_per_s)
         self.ticking = False
 
     def region_mapped(self, msg, txns):
@@ -26,7 +26,7 @@ class RegionAge(Policy, subsystem=memory, name="region_age", compiled=False):
         self.batches.unmap(msg)
 
     def budget_changed(self, msg, txns):
-        self.quota.bytes_per_s = min(msg.bytes, self.quota_mib_per_s * 2**20)
+        self.quota.allowed_bytes_per_s = msg.bytes
 
     def accessed(self, msgs, txns):
         self.batches.hear(msgs)
@@ -42,7 +42,7 @@ class RegionAge(Policy, subsystem=memory, name="region_age", compiled=False):
         of.idle[touched], of.resident[touched] = 0, True
         old = of.resident & of.live & (of.idle * self.scan_ms >= self.age_ms)
         if old.any():
-            cold = self.quota.choose(old, of.bytes, msg.time_ns, order=of.idle)
+            cold = self.quota.choose(of, old, msg.time_ns, order=of.idle)
             region, first, words = of.where(cold)
             memory.reclaim(txns, region, first, words, quota_bytes=64 * int(of.bytes.max()))
             of.resident[cold] = False

@@ -32,7 +32,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
     assess_ms: Param = 2_400
     epoch_ms: Param = 38_400
     cold_ms: Param = 9_600
-    quota_mib_per_s: Param = 400
+    quota_share_per_s: Param = 0.05
     scan_cost_share: Param = 0.5
     wrong_share: Param = 0.1
     stall_share: Param = 0.05
@@ -52,7 +52,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
             shadow="?",  # what was predicted cold at the last assessment
         )
         self.quantiles, self.weights = posteriors.table(), posteriors.weights(self.scan_cost_share)
-        self.quota = Quota(self.quota_mib_per_s * 2**20)
+        self.quota = Quota(self.quota_share_per_s)
         self.allowed_stall = self.stall_share
         self.tick, self.ticking = 0, False
         self.stopped_until, self.offences = 0, 0
@@ -79,7 +79,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         self.batches.unmap(msg)
 
     def budget_changed(self, msg, txns):
-        self.quota.bytes_per_s = min(msg.bytes, self.quota_mib_per_s * 2**20)
+        self.quota.allowed_bytes_per_s = msg.bytes
         self.allowed_stall = min(self.stall_share, msg.stall_us * 1e-6)
 
     def accessed(self, msgs, txns):
@@ -175,7 +175,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         if now_ns < self.stopped_until:
             return
         of = self.batches
-        cold = self.quota.choose(self.predict() & of.resident, of.bytes, now_ns, order=of.idle)
+        cold = self.quota.choose(of, self.predict() & of.resident, now_ns, order=of.idle)
         if not cold.any():
             return
         memory.reclaim(txns, *of.where(cold), quota_bytes=memory.GROUP * int(of.bytes.max()))
