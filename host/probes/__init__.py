@@ -9,7 +9,11 @@
 
 Compiled on the target; filtered and counted in the kernel, so that nothing is sent per event. They use tracepoints only: no kprobes, no
 structures of the kernel's. They need root, the distribution's python3-bpfcc, and kernel headers (`headers.py`); where one is missing it is a
-MissingError that says so.
+MissingError that says so. Nothing of the machine is changed, and what ends the process that holds a probe detaches it.
+
+What they cost whom they watch (`wave bench probes`; AMD EPYC in a VM, Linux 6.18): a waking and a switch through a pipe, 2.5 µs of CPU time, take 0.1 to
+0.2 µs longer under `switches`, 0.4 to 0.55 µs under each of the others, filtered or not; so at 20,000 switches a second 1 % of the CPU. Besides: 0.2 s to
+attach, 1 to 3 ms to read, 0.1 to 1 s (the kernel's, asleep) to detach, and 130 MB while attached.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from waveos.bench.probes import run as run_bench
 from waveos.cli import INTERRUPTED, run
 from waveos.errors import MissingError, WaveError
-from waveos.host.probes import Probe, Target, headers, probe, runqlat, switches
+from waveos.host.probes import KINDS, Probe, Target, headers, probe, runqlat, switches
 from waveos.host.probes.command import HeldCommand
 
 SLEEPS = 200
@@ -336,6 +337,15 @@ def test_ctrl_c_ends_early_and_prints_what_was_measured():
         assert err == "wave: interrupted\n"
         assert not holder.is_running()
         none_left(held)
+
+
+# ── what they cost is measured over what they see ──
+
+
+def test_the_bench_has_a_cost_for_each_probe_over_a_pair_and_over_all():
+    metrics = run_bench(rounds=1, trips=300)["metrics"]
+    assert set(metrics) == {"switch_ns", *(f"{kind}_{whom}_ns" for kind in KINDS for whom in ("pair", "all"))}
+    assert metrics["switch_ns"] > 0
 
 
 # ── where it cannot run ──
