@@ -67,7 +67,7 @@ class Governor:
         self.queues = {"messages": self._queue(".bss.messages"), "txns": self._queue(".bss.txns")}
 
     def _queue(self, section: str) -> tuple[int, int]:
-        found = self._bpf.section_map(section)
+        found = self._bpf.map(section)
         return found.fd, found.value_size
 
     def _enforce(self) -> None:
@@ -91,7 +91,7 @@ class Governor:
             pidfd = os.pidfd_open(pid, PIDFD_THREAD)
             try:
                 self._adopt.run(request)
-                self._members.set(pidfd.to_bytes(4, "little"), number.to_bytes(4, "little"))
+                self._members.set(pidfd, number)
             finally:
                 os.close(pidfd)
             attributes.set_affinity(pid, allowed)
@@ -125,7 +125,7 @@ class Governor:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid, PIDFD_THREAD)
             try:
-                self._members.delete(pidfd.to_bytes(4, "little"))
+                self._members.delete(pidfd)
             finally:
                 os.close(pidfd)
         self._release.run(Adopt(pid, number))

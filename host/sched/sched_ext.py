@@ -29,7 +29,7 @@ class SchedExt(Governor):
         member = attributes.Attributes("EXT", flags=attributes.RESET_ON_FORK)
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
-            self._bpf.section(".data")[:8].view("u8")[0] = self._silent_ns
+            self._bpf.section(".data").view(np.uint64)[0] = self._silent_ns
             self._visits: Any = self._bpf.section(".bss.visits")[: VISITS.itemsize].view(VISITS)[0]
             self._bpf.attach("on_fork", "on_exit")
             self._scheduler: Any = self._bpf.struct_ops("wave_ops")
