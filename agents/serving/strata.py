@@ -1,0 +1,112 @@
+"""Strata's scheduler (arXiv 2508.18572, section 4): batches that know what their KV costs to load."""
+
+from __future__ import annotations
+
+from waveos import serving
+from waveos.agents.serving.fcfs import Fcfs, Local, Plan, Waiting
+from waveos.agents.serving.tree import IN_QUEUE, Match, Node
+from waveos.policy import Param
+
+
+class Strata(Fcfs, subsystem=serving, name="strata", compiled=False):
+    """Defers what is being computed, balances loads against computation, decodes while a batch still loads; writes through what is used twice."""
+
+    write_threshold: Param = 2
+    theta_delay: Param = 100  # tokens on transient nodes beyond which a request is deferred
+    theta_load: Param = 100  # tokens loaded for each token computed beyond which a batch is loading-bound
+    window: Param = 256  # requests from the head of the queue that are looked at
+    defer: Param = 1  # 0 leaves a stage out
+    balance: Param = 1
+    fill: Param = 1
+
+    def form(self, here: Local, now: int, txns) -> Plan | None:
+        """The three stages; the third is the batch's flag."""
+        ready = self._ready(here, now)
+        if not ready:
+            return None
+        plan = Plan(int(self.batch_tokens), int(self.batch_requests))
+        if not self.balance:
+            for request, match in ready:
+                if plan.room <= 0 or plan.slots <= 0 or not self.admit(here, plan, request, match):
+                    break
+            return plan
+        head = ready.pop(0)
+        if not self.admit(here, plan, *head):
+            return None
+        ready = self._absorb(here, plan, ready)
+        late: list[tuple[Waiting, Match]] = []
+        fits = True
+        for request, match in ready:
+            if plan.room <= 0 or plan.slots <= 0:
+                fits = False
+                break
+            if self._ratio(plan, request, match) > self.theta_load:
+                late.append((request, match))
+            elif not self.admit(here, plan, request, match):
+                fits = False
+                break
+        if fits:
+            for request, match in late:
+                if plan.room <= 0 or plan.slots <= 0 or not self.admit(here, plan, request, match):
+                    break
+        taken = {request.number for request, _, _ in plan.parts}
+        self._absorb(here, plan, [each for each in ready if each[0].number not in taken])
+        return plan
+
+    def flags(self, plan: Plan) -> int:
+        """A batch that is still loading-bound lets running requests decode first."""
+        bound = self.fill and plan.loaded > self.theta_load * plan.new
+        return super().flags(plan) | (int(serving.BatchFlag.DECODE_FIRST) if bound else 0)
+
+    def _ready(self, here: Local, now: int) -> list[tuple[Waiting, Match]]:
+        """Stage 1: requests in order, without those whose prefix another one is about to make; these go to the head of the queue."""
+        ready: list[tuple[Waiting, Match]] = []
+        deferred: list[Waiting] = []
+        looked, rest = here.queue[: int(self.window)], here.queue[int(self.window) :]
+        for request in looked:
+            if request.computed:
+                ready.append((request, Match(request.computed, [], [], 0)))
+                continue
+            if request.marked:
+                self._unmark(here, request)
+            match = self.match(here, request)
+            if self.defer and match.transient > self.theta_delay:
+                deferred.append(request)
+                continue
+            ready.append((request, match))
+            if self.defer:
+                self._announce(here, request, len(match.nodes), now)
+        if deferred:
+            here.queue = deferred + [request for request, _ in ready] + rest
+        return ready
+
+    def _announce(self, here: Local, request: Waiting, held: int, now: int) -> None:
+        """Transient nodes for what a queued request will make, where no other stands for it."""
+        tree, parent = here.tree, request.keys[held - 1] if held else 0
+        for key, size in zip(request.keys[held:], request.sizes[held:], strict=True):
+            if key not in tree.nodes:
+                node = tree.add(key, parent, size)
+                node.state, node.last = IN_QUEUE, now
+                request.marked.append(node)
+            parent = key
+
+    def _unmark(self, here: Local, request: Waiting) -> None:
+        for node in request.marked:
+            if node.state == IN_QUEUE and not node.users:
+                here.tree.nodes.pop(node.key, None)
+        request.marked = []
+
+    def _ratio(self, plan: Plan, request: Waiting, match: Match) -> float:
+        """Tokens to load for each to compute, were the request part of the batch; what is shared is loaded once."""
+        extra = sum(node.tokens for node in match.load if node.key not in plan.loads)
+        return (plan.loaded + extra) / (plan.new + min(plan.room, request.prompt - match.hit))
+
+    def _absorb(self, here: Local, plan: Plan, others: list[tuple[Waiting, Match]]) -> list[tuple[Waiting, Match]]:
+        """Take in every request that needs nothing loaded but what the batch loads already (a bundle hit); the rest comes back."""
+        rest: list[tuple[Waiting, Match]] = []
+        for request, match in others:
+            shared: list[Node] = match.load
+            bundle = bool(shared) and all(node.key in plan.loads for node in shared)
+            if not (bundle and plan.room > 0 and plan.slots > 0 and self.admit(here, plan, request, match)):
+                rest.append((request, match))
+        return rest
