@@ -1,6 +1,6 @@
 """The process that holds a probe: the system's Python, which has bcc, compiles the text, attaches it, and answers for its tables.
 
-It is run as a program (`/usr/bin/python3 -I attached.py`) and knows nothing of Wave: one JSON object a line on standard input, one on
+It is run as a program (`/usr/bin/python3 -I attached.py PID-OF-THE-PARENT`) and knows nothing of Wave: one JSON object a line on standard input, one on
 standard output for each. The first is `{"text": the probe, "source": a folder of kernel headers or null}`; it is answered when the probe counts. Then
 `{"do": "watch", "threads": [...]}`, `{"do": "reset", "tables": [...]}` and `{"do": "read", "tables": [...]}`.
 
@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import select
+import sys
 import time
 from importlib import import_module
 
@@ -27,8 +28,7 @@ class Refused(Exception):
 
 
 def main():
-    parent = os.getppid()
-    asked = requests(parent)
+    asked = requests(parent=int(sys.argv[1]))
     try:
         first = next(asked)
         bpf = attach(first["text"], first["source"])

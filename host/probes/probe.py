@@ -75,7 +75,7 @@ class Probe:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process; closed in close())
         try:
             self._process = subprocess.Popen(
-                [PYTHON, "-I", str(_FOLDER / "attached.py")],
+                [PYTHON, "-I", str(_FOLDER / "attached.py"), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,

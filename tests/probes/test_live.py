@@ -189,6 +189,16 @@ def test_after_a_reset_nothing_of_before_is_left(sleeper):
         assert attached.read()["count"] == 0
 
 
+def test_an_absence_from_before_a_reset_counts_from_the_reset_on(sleeper):
+    with Probe("offcpu", Target(pids=(sleeper.pid,))) as attached:
+        sleeper.sleep()
+        until(lambda: max(row["max_us"] for row in attached.read()["rows"]) > 200_000)  # it waits for its next command
+        attached.reset()
+        sleeper.sleep()
+        result = attached.stop()
+        assert 0 < sum(row["total_ms"] for row in result["rows"]) <= result["seconds"] * 1e3 * 1.001
+
+
 def test_two_that_never_rest_wait_for_one_cpu_half_their_time_and_for_no_other(sleeper):
     cpu, *others = sorted(os.sched_getaffinity(0))
     spin = f"import os; os.sched_setaffinity(0, [{cpu}]); print(flush=True)\nwhile True: pass"
@@ -326,6 +336,16 @@ def test_when_wave_is_killed_its_probe_goes_with_it():
         wave.wait()
         until(lambda: not holder.is_running())
         none_left(held)
+
+
+def test_a_holder_ends_with_its_parent_though_another_process_keeps_its_input_open():
+    start = "import os, subprocess, sys; print(subprocess.Popen([sys.executable, '-I', sys.argv[1], str(os.getpid())]).pid, flush=True); input()"
+    command = [sys.executable, "-c", start, str(Path(probe.__file__).with_name("attached.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        holder = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+        until(lambda: not holder.is_running() or holder.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_ctrl_c_ends_early_and_prints_what_was_measured():
