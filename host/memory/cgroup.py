@@ -1,0 +1,64 @@
+"""The enclave's memory cgroup, version 1 or 2: who is in it, what it uses, its limit. A limit is in the journal before it is set."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from waveos.errors import ConfigError
+from waveos.host import changes
+from waveos.host.restore import Journal
+
+UNLIMITED = 1 << 62
+
+
+class MemoryCgroup:
+    """A cgroup that the operator has made. Of version 1 the limit is `memory.limit_in_bytes`, of version 2 `memory.high`."""
+
+    def __init__(self, path: str | Path, journal: Journal) -> None:
+        """Raises ConfigError if it is none of the memory controller's, or its limit cannot be read."""
+        self.path, self._journal = Path(path), journal
+        self._noted = 0
+        names = (("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.high", "memory.current"))
+        for limit, usage in names:
+            if (self.path / limit).exists():
+                self._limit, self._usage = self.path / limit, self.path / usage
+                break
+        else:
+            raise ConfigError(f"{self.path} is no cgroup of the memory controller: it has neither memory.limit_in_bytes nor memory.high")
+        self.given = self.limit_bytes()
+        """The operator's own limit, which is never exceeded."""
+
+    def pids(self) -> list[int]:
+        """Processes in it; none when it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            return [int(pid) for pid in (self.path / "cgroup.procs").read_text().split()]
+        return []
+
+    def usage_bytes(self) -> int:
+        """What it uses, page cache included. Raises OSError."""
+        return int(self._usage.read_text())
+
+    def limit_bytes(self) -> int:
+        """Its limit; UNLIMITED or more if it has none. Raises ConfigError if it cannot be read."""
+        try:
+            text = self._limit.read_text().strip()
+            return UNLIMITED if text == "max" else int(text)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self._limit} cannot be read: {error}") from error
+
+    def set_limit(self, limit_bytes: int) -> int:
+        """Limit it, never above what the operator gave; 0: as the operator had it. Returns the limit. Raises OSError (EBUSY: it cannot shrink so far)."""
+        wanted = min(limit_bytes or self.given, self.given)
+        if wanted >= self.given:
+            self.restore()
+            return self.given
+        if not self._noted:
+            self._noted = changes.note_file(self._journal, self._limit)
+        self._limit.write_text(str(wanted))
+        return wanted
+
+    def restore(self) -> list[str]:
+        """The limit as it was; lines about what could not be."""
+        number, self._noted = self._noted, 0
+        return self._journal.undo(number) if number else []
