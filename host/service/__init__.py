@@ -6,6 +6,6 @@ wake-up; nobody waits for replies, completion times are read from the memory aft
 
 from waveos.host.service.board import Board
 from waveos.host.service.client import Load, Served, draw_load
-from waveos.host.service.service import Service
+from waveos.host.service.service import Service, client_on
 
-__all__ = ["Board", "Load", "Served", "Service", "draw_load"]
+__all__ = ["Board", "Load", "Served", "Service", "client_on", "draw_load"]

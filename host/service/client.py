@@ -1,7 +1,7 @@
 """The open-loop client: requests go out at times that were drawn before, whatever has become of earlier ones.
 
 A request is late when the client was: its latency counts from the time it was to be sent. The client sleeps between sends, sends what is overdue at once, and
-gives each request to a worker that waits, the lowest in number, whose caches are warm; while none waits, the requests wait with it.
+gives each request to the worker that has become free last, whose caches are warm; while none is free, the requests wait with it.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def send(lines: Any, requests: Any, wakes: Any, groups: Any, begin: int, end: in
             _sleep_until(min(due, until_ns))
             continue
         kind = 1 if requests[i, KEY] < 0 else 0
-        worker = -1
+        worker, latest = -1, 0
         for each in range(groups[kind, 0], groups[kind, 0] + groups[kind, 1]):
-            if 0 < load(lines, each * LINE_WORDS) <= now - SETTLED_NS:
-                worker = each
-                break
+            since = load(lines, each * LINE_WORDS)
+            if latest < since <= now - SETTLED_NS:
+                worker, latest = each, since
         if worker < 0:
             _sleep_until(now + LOOK_NS)
             continue

@@ -1,0 +1,156 @@
+"""What the emulator is told of this machine, each figure from an experiment of its own that has no scheduling in it.
+
+service    a burst of requests, all workers SCHED_FIFO: each runs to its end in turn, and the time between two completions is the whole of what a request
+           takes on the host CPU: the switch to its worker, the system call, RocksDB, and blocking, with the caches as other workers leave them
+lateness   requests far apart: sent, after it was to be sent
+idle wake  the same: done, after it was sent, less the service: a CPU that sleeps is woken
+switch     a byte to and fro between two processes of one CPU, less the calls
+slice      the kernel's, from sched_getattr; the tick from the coarse clock's resolution
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from waveos.bench.live_schedulers import polling
+from waveos.bench.live_window import quantiles_us
+from waveos.host import rocksdb
+from waveos.host.sched import attributes
+from waveos.host.sched.attributes import Attributes
+from waveos.host.service import Load, Service, draw_load
+
+BURST, BURST_PER_S = 60_000, 200_000.0
+APART, APART_NS = 1_500, 1_000_000
+PINGS = 3_000
+CLOCK_MONOTONIC_COARSE = 6
+"""Linux's number (clock_gettime(2)); Python names only the fine one. It moves with the tick."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All in ns. Samples are of single requests."""
+
+    get_ns: NDArray[np.int64]  # host CPU time of one GET, switches included
+    range_ns: NDArray[np.int64]
+    late_ns: NDArray[np.int64]
+    wake_ns: float  # an idle CPU, until the woken thread runs
+    switch_ns: float
+    slice_ns: int
+    tick_ns: int
+    pipe_rtt_ns: float  # between the two CPUs
+
+    @property
+    def capacity_per_s(self) -> float:
+        """Requests that the CPU could serve if it did nothing else, 0.5 % of them RANGEs as in every load here."""
+        return 1e9 / (0.995 * float(self.get_ns.mean()) + 0.005 * float(self.range_ns.mean()))
+
+    def metrics(self) -> dict[str, float]:
+        """For the benchmark's result."""
+        get, ranges, late = (quantiles_us(each) for each in (self.get_ns, self.range_ns, self.late_ns))
+        return {
+            "cost_get_p50_us": get[0],
+            "cost_get_mean_us": float(self.get_ns.mean()) / 1_000,
+            "cost_range_p50_us": ranges[0],
+            "cost_late_p50_us": late[0],
+            "cost_late_p99_us": late[1],
+            "cost_idle_wake_us": self.wake_ns / 1_000,
+            "cost_switch_us": self.switch_ns / 1_000,
+            "pipe_rtt_p50_ns": self.pipe_rtt_ns,
+        }
+
+    def describe(self) -> str:
+        """How they were found."""
+        return str(__doc__)
+
+
+def measure(service: Service, host_core: int, client_core: int, seed: int) -> Costs:
+    """All costs; the caller is the client and on its core."""
+    with _real_time(service), polling(client_core):
+        service.serve(_apart(200, seed))  # compiles, and touches everything once
+        gets, ranges = _service(service, seed)
+        apart = service.serve(_apart(APART, seed))
+    late = apart.sent_ns - apart.intended_ns
+    waking = float(np.median(apart.done_ns - apart.sent_ns)) - float(np.median(gets))
+    with polling(client_core):
+        switch = _ping(host_core, host_core) / 2 - _calls()
+        across = _ping(host_core, client_core)
+    usual = attributes.usual_slice_ns()
+    tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
+    return Costs(gets, ranges, late, max(1.0, waking), max(1.0, switch), usual, tick, across)
+
+
+@contextlib.contextmanager
+def _real_time(service: Service) -> Iterator[None]:
+    for pid in service.pids:
+        attributes.write(pid, Attributes("FIFO", priority=1))
+    try:
+        yield
+    finally:
+        for pid in service.pids:
+            attributes.write(pid, Attributes())
+
+
+def _apart(n: int, seed: int) -> Load:
+    """GETs that do not meet."""
+    random = np.random.default_rng(seed)
+    return Load(np.arange(n) * APART_NS + random.integers(0, APART_NS // 2, n), random.integers(0, rocksdb.ENTRIES, n))
+
+
+def _service(service: Service, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Times between completions while there is always a request, by the class of the one that ends."""
+    load = draw_load(BURST_PER_S, round(BURST / BURST_PER_S * 1e9), 0.005, rocksdb.ENTRIES, rocksdb.RANGE_ENTRIES, seed)
+    served = service.serve(load, patience_s=10.0)
+    order = np.argsort(served.done_ns)
+    order = order[len(order) // 20 : -2 * len(service.pids)]  # the beginning warms up, the end runs dry
+    took = np.diff(served.done_ns[order])
+    is_range = served.is_range[order][1:]
+    return took[~is_range].astype(np.int64), took[is_range].astype(np.int64)
+
+
+def _ping(here: int, there: int) -> float:
+    """Median round trip of a byte through two pipes between processes on two CPUs, ns."""
+    (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
+    before, policy, parameter = os.sched_getaffinity(0), os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.sched_setaffinity(0, {here})
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setaffinity(0, {there})
+        for _ in range(PINGS):
+            os.read(their_in, 1)
+            os.write(their_out, b"x")
+        os._exit(0)
+    times = []
+    try:
+        for _ in range(PINGS):
+            begun = time.monotonic_ns()
+            os.write(our_out, b"x")
+            os.read(our_in, 1)
+            times.append(time.monotonic_ns() - begun)
+    finally:
+        os.waitpid(pid, 0)
+        for fd in (their_in, our_out, our_in, their_out):
+            os.close(fd)
+        os.sched_setscheduler(0, policy, parameter)
+        os.sched_setaffinity(0, before)
+    return float(np.median(times))
+
+
+def _calls() -> float:
+    """A write and a read of a pipe that need not wait, ns."""
+    into, out = os.pipe()
+    begun = time.monotonic_ns()
+    for _ in range(PINGS):
+        os.write(out, b"x")
+        os.read(into, 1)
+    took = (time.monotonic_ns() - begun) / PINGS
+    os.close(into)
+    os.close(out)
+    return took

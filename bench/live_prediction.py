@@ -1,0 +1,86 @@
+"""What the emulator says of the live benchmark, from the costs that were measured one by one.
+
+The kernel's column is `ipu_emulator/sched/eevdf.py` with the kernel's slice and tick; service times are drawn from the measured ones, less the switch,
+which the engine charges itself. The client's lateness is drawn from what was measured and added: it delays a request, and uses none of the host's time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from waveos.bench.live_costs import Costs
+from waveos.bench.live_window import quantiles_us
+from waveos.ipu_emulator.profile import HostProfile, load_host
+from waveos.ipu_emulator.sched import RequestClass, Service, Setup, eevdf, simulate
+
+DURATION_NS = 5_000_000_000
+OVERLOAD = 1.3
+RANGE_SHARE = 0.005
+CLASSES = ("GET", "RANGE")
+
+
+def host_profile(costs: Costs) -> HostProfile:
+    """The host CPU. What the service times hold (system calls, blocking) is not charged again."""
+    assumed = load_host("server")
+    return HostProfile(
+        name="live",
+        verified=True,
+        source=f"bench/live_costs.py; assumed: waking by the client {assumed.wake_ns} ns, a tick {assumed.tick_ns} ns, as in 'server'",
+        entry_ns=0,
+        switch_ns=round(costs.switch_ns),
+        wake_ns=assumed.wake_ns,
+        pick_ns=0,
+        ipi_wire_ns=round(costs.wake_ns),
+        interrupt_ns=0,
+        tick_period_us=costs.tick_ns // 1_000,
+        tick_ns=assumed.tick_ns,
+    )
+
+
+def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int) -> Setup:
+    """The kernel's default on this machine under this load."""
+    services = [np.maximum(1, each - round(costs.switch_ns)) for each in (costs.get_ns, costs.range_ns)]
+    shares = (1 - RANGE_SHARE, RANGE_SHARE)
+    return Setup(
+        policy=f"{eevdf.__file__}:Eevdf",
+        params={"slice_us": costs.slice_ns / 1_000, "tick_us": costs.tick_ns / 1_000},
+        load_per_s=rate_per_s,
+        classes=tuple(
+            RequestClass(name, Service("samples", samples=samples), share=share)
+            for name, samples, share in zip(CLASSES, services, shares, strict=True)
+        ),
+        placement="kernel",
+        workers=1,
+        threads=workers,
+        seed=seed,
+        duration_ns=DURATION_NS,
+        warmup_ns=DURATION_NS // 10,
+        host=host_profile(costs),
+        samples=round(1.2 * rate_per_s * DURATION_NS * 1e-9),
+    )
+
+
+def predict(costs: Costs, rate_per_s: float, workers: int, seed: int) -> dict[str, float]:
+    """Keys of a Window: throughput_per_s, get_p50_us, get_p99_us, range_p50_us, range_p99_us."""
+    result = simulate(setup_for(costs, rate_per_s, workers, seed))
+    assert result.samples is not None
+    times = _with_lateness(result.samples, costs, seed)
+    get, ranges = (quantiles_us(times[result.samples["request_class"] == k]) for k in range(2))
+    return {
+        "throughput_per_s": result.throughput_per_s,
+        "get_p50_us": get[0],
+        "get_p99_us": get[1],
+        "range_p50_us": ranges[0],
+        "range_p99_us": ranges[1],
+    }
+
+
+def _with_lateness(samples: Any, costs: Costs, seed: int) -> Any:
+    return samples["sojourn_ns"] + np.random.default_rng(seed).choice(costs.late_ns, len(samples))
+
+
+def saturation(costs: Costs, workers: int, seed: int) -> float:
+    """What the emulated CPU gets done under a third too much load: the highest load at which it keeps up."""
+    return simulate(setup_for(costs, OVERLOAD * costs.capacity_per_s, workers, seed)).throughput_per_s
