@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from waveos import tape
+from waveos import ring, tape
 from waveos.agents.loop import ENCLAVE, POLICY_FAILED, TAPE, join, serve
 from waveos.agents.plain import serve_plain
 from waveos.errors import ConfigError, LinkError, PolicyError, WaveError
 from waveos.histogram import BINS, filled_ns
 from waveos.link import MESSAGES, TXNS, open_link
 from waveos.policy import load_policy
-from waveos.primitives import clock_ns
+from waveos.primitives import CoherentMemory, clock_ns
 from waveos.process import start_time
+from waveos.record import VERSION
 from waveos.sched.laws import failure, make_runtime
-from waveos.sched.records import MAX_THREADS, MESSAGE
+from waveos.sched.records import KICKED, MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
 IDLE_S = 0.005
@@ -158,8 +159,9 @@ class Served:
         times = {"event": self._event, "decide": self._decide} if len(self._event) else {}
         tape_records = self._tape if self._tape_path else None
         doorbell = handed.doorbell if handed else -1
+        bell = handed.facts.get("bell", KICKED) if handed else KICKED
         up, down = self._link.queue(MESSAGES), self._link.queue(TXNS)
-        join(self._row, up, down, self._runtime, replay=self.orders.replay, doorbell=doorbell, tape=tape_records, **times)
+        join(self._row, up, down, self._runtime, replay=self.orders.replay, doorbell=doorbell, bell=bell, tape=tape_records, **times)
 
     # While it is served, between two slices of the loop
 
@@ -268,6 +270,7 @@ class Served:
 def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
     sys.setswitchinterval(SWITCH_S)
+    _compile()
     rows = np.zeros(len(urls), ENCLAVE)
     served: list[Served] = []
     last: WaveError | None = None
@@ -299,6 +302,15 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             each.close()
     if last is not None:
         raise last
+
+
+def _compile() -> None:
+    """Have all that a host would wait for, once it has replayed its state, compiled or loaded before."""
+    memory, own = np.zeros(ring.words(2), np.int64), np.zeros(ring.OWN_WORDS, np.int64)
+    ring.create(CoherentMemory(memory), 2, VERSION, 1, 1)
+    ring.compiled().join_consumer(memory, own, VERSION, 1)
+    ring.compiled().join_producer(memory, own, VERSION, 1)
+    serve(np.zeros(1, ENCLAVE), 0, 0)
 
 
 def begin_life(core: int | None, nice: int) -> None:

@@ -1,0 +1,380 @@
+"""hostd: the daemon that owns an enclave on this machine. It enforces what an agent decides and decides nothing.
+
+It starts as root: puts back what a dead predecessor left, finds the members, loads the mechanism, and then gives up all that it needs no more. From then on
+it is one loop over the doorbell, the mechanism's events, two sockets, a tick and signals. It ends when it is stopped or nobody is left in the enclave, and
+leaves the machine as it was. Whatever it changes is in the journal first, so when it is killed its next start, or `wave restore`, puts that back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from waveos.errors import ConfigError, WaveError
+from waveos.handover import Message
+from waveos.host import privilege
+from waveos.host.doors import AgentDoor, Allowed, Client, ControlDoor
+from waveos.host.enclave import Cgroup, Command, Enclave, Processes, parse_cpus, show_cpus
+from waveos.host.poll import Poll
+from waveos.host.restore import Journal, names, owner_alive, path_of, read
+from waveos.host.sched import mechanism
+from waveos.host.settings import Settings
+from waveos.process import start_time
+
+TICK_MS = 10
+LOOK_TICKS = 20
+"""Ticks between two looks at who belongs to the enclave."""
+REPORT_MS = 300
+"""How long a status waits for the agent's part."""
+BACK_OFF_S = (0.1, 5.0)
+"""An agent that died is started again after the first, doubled each time up to the second; one that lived longer than that begins anew."""
+STOP_S = 3.0
+THREADS = 4_096
+CACHE = Path("/var/cache/waveos")
+"""Compiled policies of agents that run as users without a home."""
+
+
+class Hostd:
+    """One enclave's daemon. `run` returns the exit status: the command's, if one was started for the enclave."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises WaveError, with the machine as it was, when the enclave cannot be had."""
+        privilege.need_root()
+        self.settings = settings
+        self.policy, self.params = settings.policy, settings.params
+        self._stack = contextlib.ExitStack()
+        self._began = time.monotonic()
+        self._generation = self._attachments = self._lost = 0
+        self._attached_s = 0.0
+        self._ticks = 0
+        self._over = False
+        self._faults = (0, 0)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._child_s = self._again_s = 0.0
+        self._back_off_s = BACK_OFF_S[0]
+        self._waiting: list[tuple[float, Client]] = []
+        self._cores = os.sched_getaffinity(0)
+        self._members: set[int] = set()
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        told, own = self.settings, self.settings.hostd
+        self._agent_user = privilege.account(told.agent.user) if told.agent.user else None
+        cpus = parse_cpus(told.cpus)
+        own_cpu = own.cpu if own.cpu is not None else cpus[0]
+        if told.agent.core is not None and told.agent.core not in self._cores:
+            raise ConfigError(f"--agent-core {told.agent.core}: hostd may use the CPUs {show_cpus(sorted(self._cores))}")
+        if told.agent.start and told.agent.core in cpus:
+            raise ConfigError(f"--agent-core {told.agent.core} is a CPU of the enclave: the agent polls, so give it another")
+        uids = {0, os.geteuid(), *([self._agent_user.uid] if self._agent_user else [])}
+        gid = privilege.group(own.group) if own.group else None
+        self.journal = Journal(told.enclave)
+        self._stack.callback(self._restore)
+        for line in self.journal.recovered:
+            _say(f"{told.enclave}: put back what a dead hostd left: {line}")
+        self.enclave = self._find_members(cpus)
+        self._stack.callback(self.enclave.close)
+        self._refuse_others(self.enclave.threads())
+        self.mechanism = mechanism.make(told.mechanism, self.enclave, self.journal, **told.settings)
+        self._stack.callback(self.mechanism.close)
+        self._adopt_all()
+        self.poll = Poll()
+        self._stack.callback(self.poll.close)
+        folder = self.journal.path.parent
+        may = Allowed(frozenset(uids), gid)
+        self.agents = AgentDoor(self.poll, folder / "agent.sock", may, self._facts, self._attach, self._agent_gone)
+        self._stack.callback(self.agents.close)
+        self.control = ControlDoor(self.poll, folder / "control.sock", may, self._do)
+        self._stack.callback(self.control.close)
+        for fd in (self.mechanism.doorbell, *self.mechanism.events):
+            self.poll.add(fd, self.mechanism.attend)
+        self.poll.every(TICK_MS, self._tick)
+        self.poll.on_signals([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD], self._signalled)
+        self._stack.callback(self._stop_agent)
+        if told.agent.start:
+            self._start_agent()
+        for line in privilege.settle_down(own_cpu, own.priority):
+            _say(f"{told.enclave}: {line}")
+        if not own.keep_capabilities:
+            privilege.keep_only((*privilege.HOSTD, *getattr(self.mechanism, "capabilities", ())))
+        self._faults = privilege.page_faults()
+
+    def _find_members(self, cpus: list[int]) -> Enclave:
+        told = self.settings
+        if told.pids:
+            return Processes(told.enclave, cpus, told.pids)
+        if told.cgroup:
+            return Cgroup(told.enclave, cpus, told.cgroup)
+        user = privilege.account(told.command_user) if told.command_user else None
+        return Command(told.enclave, cpus, told.command, (user.uid, user.gid) if user else None)
+
+    def _refuse_others(self, threads: list[int]) -> None:
+        """Raises ConfigError if a thread belongs to another live enclave."""
+        for name in names():
+            if name == self.settings.enclave:
+                continue
+            owner, entries = read(path_of(name))
+            taken = {entry["what"] for entry in entries if entry["kind"] == "thread"} if owner_alive(owner) else set()
+            if both := sorted(taken & set(threads)):
+                raise ConfigError(f"thread {both[0]} belongs to the enclave {name!r} (pid {owner['pid']}) already; a thread has one enclave")
+
+    def _adopt_all(self) -> None:
+        """Take all members in; threads that were born meanwhile as well. Raises ConfigError when one cannot be had."""
+        for _ in range(100):
+            fresh = [tid for tid in self.enclave.threads() if tid not in self._members]
+            for tid in fresh:
+                self._adopt(tid)
+            if not fresh:
+                break
+        if isinstance(self.enclave, Command):
+            self.enclave.go()
+
+    def _adopt(self, tid: int) -> None:
+        try:
+            self.mechanism.adopt(tid)
+            self._members.add(tid)
+        except ProcessLookupError:
+            pass  # it has ended
+        except OSError as error:
+            raise ConfigError(f"cannot take thread {tid} into the enclave: {error.strerror or error}") from error
+
+    def run(self) -> int:
+        """Serve until stopped, or until nobody is left."""
+        try:
+            while not self._over:
+                self.poll.once()
+        finally:
+            self.close()
+        if isinstance(self.enclave, Command):
+            status = self.enclave.process.poll()
+            return 0 if status is None else status if status >= 0 else 128 - status
+        return 0
+
+    def close(self) -> None:
+        """Everything as it was. Twice does no harm."""
+        self._stack.close()
+
+    def _restore(self) -> None:
+        for line in self.journal.close():
+            _say(f"{self.settings.enclave}: cannot be put back: {line}; `wave restore {self.settings.enclave}` tries again")
+
+    # The agent
+
+    def _facts(self) -> Message:
+        return {
+            "enclave": self.settings.enclave,
+            "subsystem": 1,
+            "cpus": len(self.enclave.cpus),
+            "threads": getattr(self.mechanism, "threads", THREADS),
+            "ahead": self.settings.ahead,
+            "bell": self.mechanism.bell,
+            "policy": self.policy,
+            "params": self.params,
+        }
+
+    def _attach(self, ready: Message) -> tuple[Message, list[int]]:
+        """The agent's policy is compiled: empty rings, the whole state, and the descriptors for it."""
+        self.policy, self.params = ready.get("policy") or self.policy, ready.get("params") or {}
+        self._generation += 1
+        self._attachments += 1
+        self._attached_s = time.monotonic()
+        self.mechanism.agent_here(self._generation)
+        queues = [self.mechanism.queues[name] for name in ("messages", "txns")]
+        told = {"generation": self._generation, "bytes": [size for _, size in queues]}
+        return told, [*(fd for fd, _ in queues), self.mechanism.doorbell]
+
+    def _agent_gone(self) -> None:
+        self._lost += 1
+        self.mechanism.agent_gone()
+
+    def _start_agent(self) -> None:
+        """A child of ours that runs as the user it is told to, on its own core, as an ordinary process."""
+        agent = self.settings.agent
+        command = [sys.executable, "-P", "-m", "waveos.agents.agentd", f"shm://{self.agents.path}", "--nice", str(agent.nice)]
+        command += ["--idle-us", str(agent.idle_us)]
+        command += ["--core", str(agent.core)] if agent.core is not None else []
+        command += ["--measure"] if agent.measure else []
+        command += ["--record", str(agent.record)] if agent.record else []
+        environment = dict(os.environ)
+        as_user: dict[str, Any] = {}
+        if self._agent_user is not None:
+            as_user = {"user": self._agent_user.uid, "group": self._agent_user.gid, "extra_groups": []}
+            if "XDG_CACHE_HOME" not in environment:
+                environment["XDG_CACHE_HOME"] = str(self._cache_of(self._agent_user))
+            environment |= {"HOME": "/", "USER": self._agent_user.name}
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._cores)  # which the child gets, though we are bound to one
+        try:
+            self._child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **as_user)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ConfigError(f"cannot start the agent: {error}") from error
+        finally:
+            os.sched_setaffinity(0, own)
+        self._child_s = time.monotonic()
+
+    def _cache_of(self, user: privilege.Account) -> Path:
+        folder = CACHE / user.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.chown(folder, user.uid, user.gid)
+        except OSError as error:
+            raise ConfigError(f"{folder}, where the agent keeps compiled policies: {error.strerror}") from error
+        return folder
+
+    def _look_after_agent(self) -> None:
+        """Start an agent that died again, after a while that grows."""
+        if self._child is not None and (status := self._child.poll()) is not None:
+            lived_s = time.monotonic() - self._child_s
+            self._back_off_s = BACK_OFF_S[0] if lived_s > BACK_OFF_S[1] else min(2 * self._back_off_s, BACK_OFF_S[1])
+            _say(f"{self.settings.enclave}: its agent (pid {self._child.pid}) ended with status {status}; another starts in {self._back_off_s:g} s")
+            self._child, self._again_s = None, time.monotonic() + self._back_off_s
+        if self._again_s and time.monotonic() >= self._again_s:
+            self._again_s = 0.0
+            try:
+                self._start_agent()
+            except ConfigError as error:
+                _say(f"{self.settings.enclave}: {error}")
+                self._again_s = time.monotonic() + BACK_OFF_S[1]
+
+    def _stop_agent(self) -> None:
+        child, self._child, self._again_s = self._child, None, 0.0
+        if child is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(OSError):
+                child.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_S)
+                return
+
+    # Ticks and signals
+
+    def _tick(self) -> None:
+        self.mechanism.tick()
+        self._ticks += 1
+        if self._waiting:
+            now = time.monotonic()
+            for _, client in [each for each in self._waiting if each[0] <= now]:
+                self._tell_status(client, None)
+        if self._again_s:
+            self._look_after_agent()
+        if self._ticks % LOOK_TICKS == 0:
+            self._look()
+
+    def _look(self) -> None:
+        """Who has come into the cgroup, who has left it; is anybody left?"""
+        if isinstance(self.enclave, Cgroup):
+            now = set(self.enclave.threads())
+            for tid in now - self._members:
+                try:
+                    self._adopt(tid)
+                except WaveError as error:
+                    _say(f"{self.settings.enclave}: {error}")
+                    self._members.add(tid)  # said once
+            for tid in self._members - now:
+                if start_time(tid) is not None:
+                    self.mechanism.release(tid)
+            self._members &= now
+        if self.enclave.over():
+            self._over = True
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._look_after_agent()
+            if isinstance(self.enclave, Command) and self.enclave.over():
+                self._over = True
+        else:
+            self._over = True
+
+    # What people ask
+
+    def _do(self, request: Message, client: Client) -> None:
+        match request["do"]:
+            case "status":
+                self._waiting.append((time.monotonic() + REPORT_MS / 1_000, client))
+                self.agents.ask("report", {"report": {}}, lambda answer: self._tell_status(client, answer))
+            case "set-policy" | "stop" if client.peer.uid not in (0, os.geteuid()):
+                client.answer({"ok": False, "error": f"{request['do']} is for root; user {client.peer.uid} may ask for status"})
+            case "stop":
+                client.answer({"ok": True})
+                self._over = True
+            case "set-policy":
+                self._set_policy(request, client)
+            case other:
+                client.answer({"ok": False, "error": f"hostd does not know {other!r}; it knows status, set-policy and stop"})
+
+    def _set_policy(self, request: Message, client: Client) -> None:
+        wish = {"policy": request.get("policy"), "params": request.get("params") or {}}
+        numbers = isinstance(wish["params"], dict) and all(isinstance(value, int | float) for value in wish["params"].values())
+        if not isinstance(wish["policy"], str) or not numbers:
+            client.answer({"ok": False, "error": 'set-policy wants "policy", a name, and may have "params", a table of numbers'})
+            return
+        if not self.agents.attached:
+            client.answer({"ok": False, "error": "the enclave has no agent now; start one, or wait until it is back"})
+            return
+        was = self.policy
+
+        def answered(message: Message | None) -> None:
+            if message is None:
+                client.answer({"ok": False, "error": f"the agent went away before it had the policy; {was!r} is what the next one runs"})
+            elif "unwilling" in message:
+                client.answer({"ok": False, "error": f"{message['unwilling']}; {was!r} runs on"})
+            else:
+                client.answer({"ok": True, "policy": self.policy, "params": self.params, "generation": self._generation, "was": was})
+
+        self.agents.ask("ready", {"set-policy": wish}, answered)
+
+    def _tell_status(self, client: Client, answer: Message | None) -> None:
+        if not any(each is client for _, each in self._waiting):
+            return  # it was told already
+        self._waiting = [each for each in self._waiting if each[1] is not client]
+        client.answer({"ok": True, **self.status(), "report": (answer or {}).get("report")})
+
+    def status(self) -> Message:
+        """What there is to know, but for the agent's own part."""
+        faults = [now - then for now, then in zip(privilege.page_faults(), self._faults, strict=True)]
+        agent = self.agents.agent
+        return {
+            "enclave": self.settings.enclave,
+            "pid": os.getpid(),
+            "mechanism": self.mechanism.name,
+            "cpus": show_cpus(self.enclave.cpus),
+            "members": self.enclave.describe(),
+            "policy": self.policy,
+            "params": self.params,
+            "agent": {"pid": agent.pid, "uid": agent.uid, "for_s": time.monotonic() - self._attached_s} if agent and self.agents.attached else None,
+            "attachments": self._attachments,
+            "agents_lost": self._lost,
+            "agents_refused": self.agents.refused,
+            "counters": self.mechanism.counters(),
+            "hostd": {
+                "up_s": time.monotonic() - self._began,
+                "cpu_ns": privilege.cpu_time_ns(),
+                "page_faults": faults[0],
+                "page_faults_from_disk": faults[1],
+                "wakeups": self.poll.wakeups,
+                "journal": len(self.journal.entries),
+            },
+        }
+
+
+def serve(settings: Settings) -> int:
+    """Run hostd with these settings until it ends; the exit status. Raises WaveError when it cannot begin."""
+    daemon = Hostd(settings)
+    _say(f"{settings.enclave}: CPUs {show_cpus(daemon.enclave.cpus)}, {daemon.enclave.describe()}, mechanism {daemon.mechanism.name}")
+    return daemon.run()
+
+
+def _say(line: str) -> None:
+    print(f"hostd: {line}", file=sys.stderr, flush=True)
