@@ -36,6 +36,7 @@ ENCLAVE = np.dtype(
         ("serving", "i8"),  # 0: the loop passes it over
         ("replay", "i8"),  # the stream brings its own BATCH_ENDs; else a batch ends when the ring is drained, or after BATCH messages
         ("doorbell", "i8"),  # eventfd that the host waits on; -1: none
+        ("bell", "i8"),  # flags of decisions that ring it: a host that looks by itself wants to be woken for preemptions alone
         ("messages_at", "i8"),  # addresses and sizes of the rings' words, and of this side's positions,
         ("messages_words", "i8"),
         ("messages_own_at", "i8"),
@@ -74,6 +75,7 @@ def join(
     *,
     replay: bool = False,
     doorbell: int = -1,
+    bell: int = KICKED,
     tape: npt.NDArray[np.void] | None = None,
     event: npt.NDArray[np.int64] | None = None,
     decide: npt.NDArray[np.int64] | None = None,
@@ -88,7 +90,7 @@ def join(
     enclave["runtime_at"], enclave["inbox_at"] = runtime.ctypes.data, enclave.ctypes.data + INBOX_AT
     enclave["tape_at"], enclave["tape_records"] = (0, 0) if tape is None else (tape.ctypes.data, len(tape))
     enclave["event_at"], enclave["decide_at"] = (0, 0) if event is None or decide is None else (event.ctypes.data, decide.ctypes.data)
-    enclave["replay"], enclave["doorbell"] = replay, doorbell
+    enclave["replay"], enclave["doorbell"], enclave["bell"] = replay, doorbell, bell
     enclave["unsettled"] = enclave["kicked"] = enclave["beat_ns"] = enclave["taped"] = 0
     enclave["heard_ns"] = clock_ns()
     enclave["serving"] = 1
@@ -190,7 +192,7 @@ def _send_decisions(e: Any, txns: Any, rt: Any) -> Any:
     out = carray(as_pointer(e.runtime_at + OUT_AT), OUT * RECORD_WORDS, np.int64)
     sent = 0
     while sent < rt.made and ring.room(txns, own, 1):
-        if rt.out[sent].flags & KICKED:
+        if rt.out[sent].flags & e.bell:
             e.kicked = 1
         if e.tape_records:
             _keep(e, out, sent * RECORD_WORDS, DECIDED)

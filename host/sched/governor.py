@@ -16,6 +16,7 @@ from waveos.host import changes
 from waveos.host.bpf import Object, RingBuffer
 from waveos.host.sched import attributes
 from waveos.host.sched.half import CPUS, NOBODY, THREADS, Half
+from waveos.sched.records import KICKED
 
 PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
 EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("spare", "u4")])
@@ -41,6 +42,7 @@ class Governor:
     """
 
     name = ""
+    bell = KICKED
 
     def __init__(self, enclave: Any, journal: Any, path: Path, member: attributes.Attributes, silent_ms: float, default_ms: float) -> None:
         self._cpus: list[int] = list(enclave.cpus)

@@ -20,6 +20,8 @@ class Mechanism(Protocol):
     """"messages" and "txns": (descriptor, bytes) of the mmap-able memory of the two rings, in the format of waveos.ring."""
     doorbell: int
     """An eventfd. The agent writes 1 to it after a decision that cannot wait; hostd waits on it."""
+    bell: int
+    """Flags of the decisions that ring it: KICKED, or PREEMPT where the kernel's side sees by itself what came for a CPU that waits."""
     events: list[int]
     """Further descriptors to wait on."""
 

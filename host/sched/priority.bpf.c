@@ -75,7 +75,7 @@ static __always_inline void leave(s32 tid, u32 cpu, u32 state, bool to_member, b
 	u32 type = MESSAGE_THREAD_BLOCKED;
 
 	t->ran_ns += now - t->since_ns;
-	if (c->stray == tid)
+	if (c->stray == tid && (state || to_member)) /* else it goes on when hostd, or who else it is, has done */
 		c->stray = NOBODY;
 	if (t->dying && state & TASK_DEAD) {
 		type = MESSAGE_THREAD_DEAD;

@@ -17,6 +17,7 @@ import numpy as np
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
 from waveos.host.sched.governor import Governor
+from waveos.sched.records import PREEMPT
 
 OBJECT = Path(__file__).with_name("priority.bpf.o")
 ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "i4")])
@@ -28,6 +29,7 @@ class Priority(Governor):
     """See `Mechanism` and `Governor`. `priority`: the threads', 2 to 97; hostd's own must be higher."""
 
     name = "priority"
+    bell = PREEMPT
 
     def __init__(self, enclave: Any, journal: Any, *, priority: int = 20, silent_ms: float = 20, default_ms: float = 1_000) -> None:
         if not 2 <= priority <= 97:
