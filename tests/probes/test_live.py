@@ -294,6 +294,18 @@ def test_nothing_is_attached_after_it_ends_and_nothing_of_the_machine_changes_wh
     none_left(held)
 
 
+def test_tracefs_is_mounted_for_the_holder_alone_where_it_is_not():
+    """In a mount namespace of the test's own, from which tracefs is taken first."""
+    bare = (
+        "for place in /sys/kernel/tracing /sys/kernel/debug/tracing /sys/kernel/debug; do while umount -l $place 2>/dev/null; do :; done; done; "
+        '"$@" && grep -c tracefs /proc/self/mounts'
+    )
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", bare, "sh", *WAVE, "probe", "switches", "--for", "50ms"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "switches in" in done.stdout, done.stderr
+    assert done.stdout.endswith("\n0\n")
+
+
 def test_nothing_is_attached_after_an_error_in_the_block():
     with pytest.raises(ZeroDivisionError), Probe("switches") as attached:
         held, pid = programs(attached.pid), attached.pid
