@@ -298,7 +298,7 @@ def test_tracefs_is_mounted_for_the_holder_alone_where_it_is_not():
     """In a mount namespace of the test's own, from which tracefs is taken first."""
     bare = (
         "for place in /sys/kernel/tracing /sys/kernel/debug/tracing /sys/kernel/debug; do while umount -l $place 2>/dev/null; do :; done; done; "
-        '"$@" && grep -c tracefs /proc/self/mounts'
+        '"$@" && grep -c "/sys/kernel.* tracefs" /proc/self/mounts'
     )
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", bare, "sh", *WAVE, "probe", "switches", "--for", "50ms"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
