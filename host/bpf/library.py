@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +119,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "user_ring_buffer__submit": (None, c_void_p, c_void_p),
     "user_ring_buffer__free": (None, c_void_p),
     "libbpf_num_possible_cpus": (_CODE,),
+    "libbpf_strerror": (_CODE, c_int, c_char_p, c_size_t),
     "libbpf_set_print": (c_void_p, _PRINT),
 }
 
@@ -205,7 +205,7 @@ def refused(what: str, code: int, log: str) -> BpfError:
     """The error for `what` ("load x.bpf.o") that failed with an errno: the reason in one line, first."""
     code = abs(code)
     reason, advice = _reason(code, log)
-    return BpfError(f"cannot {what}: {reason}" + (f": {advice}" if advice else ""), log)
+    return BpfError(f"cannot {what}: {reason}" + (f"; {advice}" if advice else ""), log)
 
 
 def _reason(code: int, log: str) -> tuple[str, str]:
@@ -225,7 +225,9 @@ def _reason(code: int, log: str) -> tuple[str, str]:
         return "not allowed", GET_RIGHTS
     if not BTF.exists():
         return f"this kernel has no BTF ({BTF})", "it takes one built with CONFIG_DEBUG_INFO_BTF, as distributions ship"
-    return os.strerror(code), ""
+    text = ctypes.create_string_buffer(256)
+    libbpf().libbpf_strerror(code, text, len(text))  # it has codes of its own, too
+    return text.value.decode(), ""
 
 
 def _verdict(log: str) -> str:

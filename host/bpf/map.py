@@ -141,7 +141,7 @@ def packed(value: Any, size: int, what: str) -> bytes:
         if value.bit_length() + (value < 0) > 8 * size:
             raise ValueError(f"{what} has {size} bytes, too few for {value}")
         return value.to_bytes(size, sys.byteorder, signed=value < 0)
-    made = bytes(value)
+    made = memoryview(value).tobytes()
     if len(made) != size:
         raise ValueError(f"{what} has {size} bytes, not {len(made)}")
     return made

@@ -12,6 +12,7 @@ if the process is killed (the kernel closes its descriptors). Only what was pinn
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -131,7 +132,9 @@ class Object:
         with listen() as talk:
             pointer = libbpf().bpf_map__attach_struct_ops(ops.pointer)
         if not pointer:
-            raise refused(f"register {name} of {self.path.name}", last_errno(), talk.log)
+            if (code := last_errno()) in (errno.EEXIST, errno.EBUSY):
+                raise BpfError(f"cannot register {name} of {self.path.name}: the kernel has one already; stop its owner first", talk.log)
+            raise refused(f"register {name} of {self.path.name}", code, talk.log)
         return Link(self, pointer, name)
 
     def keep(self, link: Link) -> None:

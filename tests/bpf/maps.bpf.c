@@ -126,9 +126,3 @@ int BPF_PROG(on_wakeup, struct task_struct *task)
 		__sync_fetch_and_add(&wakeups, 1);
 	return 0;
 }
-
-SEC("?fentry/there_is_no_such_function")
-int BPF_PROG(nowhere)
-{
-	return 0;
-}
