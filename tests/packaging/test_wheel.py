@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {"wave": "waveos", **{room: f"waveos/{room}" for room in ("agents", "host", "ipu_emulator", "bench", "scenarios")}}
-SUFFIXES = (".py", ".toml", ".html", ".j2", ".typed")
+SUFFIXES = (".py", ".c", ".o", ".toml", ".html", ".j2", ".typed")
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,15 @@ def test_the_wheel_holds_every_module_and_data_file_of_the_checkout(wheel):
         for path in (ROOT / room).rglob("*"):
             if path.suffix in SUFFIXES and "__pycache__" not in path.parts:
                 assert f"{package}/{path.relative_to(ROOT / room)}" in inside
+
+
+def test_the_wheel_holds_every_bpf_program_compiled_so_that_a_host_needs_no_compiler(wheel):
+    sources = [path.relative_to(ROOT / "host") for path in (ROOT / "host").rglob("*.bpf.c")]
+    assert sources
+    if not all((ROOT / "host" / source).with_suffix(".o").exists() for source in sources):
+        pytest.skip("the BPF programs are not compiled: make bpf (with clang)")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"waveos/host/{source.with_suffix('.o')}" for source in sources} <= inside
 
 
 def test_the_wheel_holds_nothing_but_waveos(wheel):
