@@ -141,6 +141,11 @@ def libbpf() -> Any:
     return library
 
 
+def version() -> str:
+    """The version of the library ("1.4"). Raises BpfError as `libbpf` does."""
+    return f"{libbpf().libbpf_major_version()}.{libbpf().libbpf_minor_version()}"
+
+
 @cache
 def test_run() -> Any:
     """bpf_prog_test_run_opts, called without giving up the interpreter's lock: a program's run is short, and getting the lock back may not be."""

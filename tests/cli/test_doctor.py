@@ -9,13 +9,18 @@ import pytest
 
 from waveos.cli import doctor, run
 from waveos.cli.doctor import Check, examine
+from waveos.host.bpf import library
 
 RELEASE = platform.release()
 WHOLE = {
     "dev/shm/.keep": "",
     "proc/self/timerslack_ns": "50000\n",
+    "proc/mounts": "none /sys/fs/bpf bpf rw 0 0\n",
+    "proc/self/cgroup": "2:cpuacct:/\n1:cpu:/ours\n0::/\n",
     "proc/sys/kernel/perf_event_paranoid": "1\n",
     "sys/devices/system/clocksource/clocksource0/current_clocksource": "tsc\n",
+    "sys/fs/cgroup/cpu/ours/cpu.rt_period_us": "1000000\n",
+    "sys/fs/cgroup/cpu/ours/cpu.rt_runtime_us": "900000\n",
     "sys/kernel/btf/vmlinux": "BTF",
     "sys/kernel/sched_ext/state": "disabled\n",
     f"lib/modules/{RELEASE}/build/Makefile": "",
@@ -32,9 +37,21 @@ def machine(root, files):
 
 def test_a_machine_that_has_it_all_misses_nothing_that_lies_in_files(tmp_path):
     checks = machine(tmp_path, WHOLE)
-    for name in ("shared memory", "clock", "timer slack", "BTF", "sched_ext", "kernel headers", "perf events", "bcc"):
+    for name in (
+        "shared memory",
+        "clock",
+        "timer slack",
+        "BTF",
+        "sched_ext",
+        "kernel headers",
+        "perf events",
+        "bcc",
+        "BPF file system",
+        "real-time budget",
+    ):
         assert checks[name].ok, name
     assert checks["sched_ext"].found == "disabled"
+    assert checks["real-time budget"].found == "90% of the time"
     assert checks["timer slack"].found == "50 µs"
 
 
@@ -45,6 +62,7 @@ def test_a_machine_that_has_it_all_misses_nothing_that_lies_in_files(tmp_path):
         ("sys/kernel/sched_ext/state", "sched_ext", "CONFIG_SCHED_CLASS_EXT"),
         (f"lib/modules/{RELEASE}/build/Makefile", "kernel headers", f"linux-headers-{RELEASE}"),
         ("usr/lib/python3/dist-packages/bcc/__init__.py", "bcc", "python3-bpfcc"),
+        ("proc/mounts", "BPF file system", "mount -t bpf"),
         ("sys/devices/system/clocksource/clocksource0/current_clocksource", "clock", "tsc"),
     ],
 )
@@ -57,6 +75,32 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path, monkeypatch, path,
     assert not missing.base
 
 
+@pytest.mark.parametrize(
+    ("files", "found", "ok"),
+    [
+        ({"sys/fs/cgroup/cpu/ours/cpu.rt_runtime_us": "0\n"}, "0% of the time", False),
+        ({"proc/self/cgroup": "0::/ours\n", "proc/sys/kernel/sched_rt_runtime_us": "-1\n"}, "100% of the time", True),
+        ({"proc/self/cgroup": "0::/ours\n", "proc/sys/kernel/sched_rt_runtime_us": "950000\n"}, "95% of the time", True),
+        ({"proc/self/cgroup": "0::/ours\n"}, "unknown", False),
+    ],
+)
+def test_the_budget_of_real_time_threads_is_that_of_the_group_or_else_the_kernels(tmp_path, files, found, ok):
+    budget = machine(tmp_path, WHOLE | files)["real-time budget"]
+    assert (budget.found, budget.ok) == (found, ok)
+    assert ok or "cpu.rt_runtime_us" in budget.how or "sched_rt_runtime_us" in budget.how
+
+
+@pytest.mark.parametrize("found", ["missing", "too old"])
+def test_a_libbpf_that_will_not_do_is_told_with_where_a_newer_one_is(tmp_path, monkeypatch, found):
+    def refuse():
+        raise library.BpfError(f"libbpf is {found}")
+
+    monkeypatch.setattr(library, "version", refuse)
+    libbpf = machine(tmp_path, WHOLE)["libbpf"]
+    assert (libbpf.ok, libbpf.found) == (False, found)
+    assert "backports" in libbpf.how
+
+
 def test_every_line_says_why_it_matters_and_every_missing_one_how_to_get_it(tmp_path):
     for check in examine(tmp_path):
         assert check.why
@@ -67,7 +111,7 @@ def test_here_the_virtual_world_runs_and_the_exit_code_says_so(capsys):
     assert run(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ok"]
-    assert {"python", "numba", "numpy", "cores", "rocksdict", "BTF", "sched_ext", "libbpf", "bcc", "kernel headers"} <= {
+    assert {"python", "numba", "numpy", "cores", "rocksdict", "BTF", "sched_ext", "libbpf", "BPF programs", "bcc", "kernel headers"} <= {
         check["name"] for check in document["checks"]
     }
 

@@ -5,7 +5,6 @@ Only what is marked `base` is needed by the `virtual` world; the rest opens the 
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import platform
 import sys
@@ -138,6 +137,12 @@ def _kernel(root: Path) -> Iterator[Check]:
         "sched_ext", ext.exists(), (_read(ext / "state") or "present") if ext.exists() else "missing",
         "policies schedule real threads through it; without it: priorities and affinity", "a kernel >= 6.12 with CONFIG_SCHED_CLASS_EXT=y",
     )  # fmt: skip
+    pins = any(line.split()[1:3] == ["/sys/fs/bpf", "bpf"] for line in (_read(root / "proc/mounts") or "").splitlines())
+    yield Check(
+        "BPF file system", pins, "/sys/fs/bpf" if pins else "not mounted", "what is pinned there outlives its process; bpftool shows it",
+        "mount -t bpf bpf /sys/fs/bpf",
+    )  # fmt: skip
+    yield _realtime(root)
     kernel_headers = import_module("waveos.host.probes.headers")
     try:
         headers = kernel_headers.find(root)[0]
@@ -151,11 +156,45 @@ def _kernel(root: Path) -> Iterator[Check]:
     )  # fmt: skip
 
 
+def _realtime(root: Path) -> Check:
+    """The share of each period that real-time threads of our control group may run; the kernel says EPERM to the first where it is nothing."""
+    groups = [line.split(":", 2) for line in (_read(root / "proc/self/cgroup") or "").splitlines()]
+    own = next((path for _, controllers, path in groups if "cpu" in controllers.split(",")), None)
+    folders = [root / "sys/fs/cgroup" / name / (own or "").strip("/") for name in ("cpu", "cpu,cpuacct")]
+    limits = [(folder / "cpu.rt_runtime_us", folder / "cpu.rt_period_us") for folder in folders] if own else []
+    kernel = root / "proc/sys/kernel"
+    limits.append((kernel / "sched_rt_runtime_us", kernel / "sched_rt_period_us"))  # cgroup v2, or no budgets of groups: the kernel's holds
+    file, runtime, period = next(((a, _read(a), _read(b)) for a, b in limits if a.exists()), (limits[-1][0], None, None))
+    budget = 0 if runtime is None else 1 if int(runtime) < 0 else int(runtime) / int(period or 1_000_000)
+    return Check(
+        "real-time budget",
+        budget > 0,
+        f"{budget:.0%} of the time" if runtime is not None else "unknown",
+        "mechanism priority makes an enclave's threads SCHED_FIFO; the rest of the time is for ordinary ones",
+        f"echo 950000 >{file} (first in the groups above it), or start Wave outside that group",
+    )
+
+
 def _toolchain(root: Path) -> Iterator[Check]:
-    libbpf = ctypes.util.find_library("bpf")
-    yield Check("libbpf", libbpf is not None, libbpf or "missing", "loads BPF programs (world local)", "apt-get install libbpf1")
-    clang = _first_on_path(("clang", "clang-19", "clang-18", "clang-17", "clang-16", "clang-15", "clang-14"))
-    yield Check("clang", clang is not None, clang or "missing", "compiles BPF programs (world local)", "apt-get install clang")
+    bpf = import_module("waveos.host.bpf.library")
+    try:
+        libbpf, fits = bpf.version(), True
+    except MissingError as error:
+        libbpf, fits = "too old" if "too old" in str(error) else "missing", False
+    yield Check("libbpf", fits, libbpf, "loads BPF programs (world local)", bpf.GET_LIBBPF)
+    programs = [path.name for package in import_module("waveos.host").__path__ for path in Path(package).rglob("*.bpf.o")]
+    yield Check(
+        "BPF programs", bool(programs), f"{len(programs)} compiled" if programs else "missing", "the host's half in the kernel (world local)",
+        "in a checkout: apt-get install clang-19, then make setup; an installed wheel has them",
+    )  # fmt: skip
+    clang = _first_on_path(("clang-19", "clang", "clang-18", "clang-17", "clang-16", "clang-15", "clang-14"))
+    yield Check(
+        "clang",
+        clang is not None,
+        clang or "missing",
+        "compiles the BPF programs of a checkout (make bpf); a wheel needs none",
+        "apt-get install clang-19",
+    )
     bcc = next((folder for folder in (root / "usr/lib/python3/dist-packages").glob("bcc") if folder.is_dir()), None)
     yield Check(
         "bcc",
