@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from waveos.host.xsk.umem import Umem
 
 TX_BUDGET = 256
 """Packets one system call sends in copy mode, where the kernel lets one choose."""
+RELEASE_S = 0.5
+"""The kernel gives a closed socket's queue free a little later."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -114,8 +117,10 @@ class XskSocket:
         return dict(zip(abi.COUNTER_NAMES, abi.COUNTERS.unpack(raw), strict=True))
 
     def close(self) -> None:
-        """Close this process's descriptor; the socket ends with its last one."""
+        """Close this process's descriptor and mappings: `record` points nowhere any more. The socket ends with the last of both anywhere."""
         self._socket.close()
+        while self._maps:
+            self._maps.pop().close()
 
     def __enter__(self) -> XskSocket:
         return self
@@ -135,9 +140,12 @@ def interface_number(interface: str) -> int:
 
 def _bind(sock: socket.socket, flags: int, interface: int, queue: int, shared: int) -> None:
     address = abi.ADDRESS.pack(abi.AF_XDP, flags, interface, queue, shared)
-    if _libc.bind(sock.fileno(), address, len(address)):
+    end = time.monotonic() + RELEASE_S
+    while _libc.bind(sock.fileno(), address, len(address)):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.EBUSY or time.monotonic() > end:
+            raise OSError(number, os.strerror(number))
+        time.sleep(0.002)
 
 
 def _explain(error: OSError, interface: str, queue: int) -> Exception:
