@@ -6,24 +6,32 @@ the median over the rounds, its spread (smallest and largest) is in `spread`. La
 
 saturation     the highest offered load whose backlog stays bounded: drained within 1 % of `saturation_s` after the last send
 at 70 %        of the saturation of the kernel's default
+decision_      from the kernel's event until the agent has it, until it has decided, until the host has done it (agent and host count each; _rtt_ is their sum,
+               drawn from the three as if independent)
+hackbench      what hostd costs who is not in the enclave: hackbench on the same CPU, with and without, in turns
 predicted_     by the emulator, from costs that were measured here one by one (bench/live_costs.py), none of them from the loads that it predicts
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from waveos.bench import live_costs, live_prediction, live_schedulers
-from waveos.bench.live_schedulers import KERNEL, TUNED
+from waveos.bench.live_schedulers import KERNEL, TUNED, WAVE, Enclave
 from waveos.bench.live_window import Window, look_back, read_usage
 from waveos.bench.machine import describe_machine
 from waveos.cli.terminal import talk
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, WaveError
 from waveos.host import rocksdb
-from waveos.host.service import Service, client_on, draw_load
+from waveos.host.service import Load, Service, client_on, draw_load
 
 OPTIONS = {
     "seed": (1, "seed of all loads"),
@@ -31,6 +39,7 @@ OPTIONS = {
     "seconds": (4.0, "length of a round"),
     "saturation_s": (20.0, "length of a window of the search for saturation"),
     "workers": (16, "worker processes"),
+    "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
     "quick": (False, "3 rounds of 1 s, saturation over 2 s: for a look and for CI, not for figures"),
 }
 RANGE_SHARE = 0.005
@@ -38,6 +47,22 @@ LOAD_SHARE = 0.7
 PREDICTED_SHARES = (0.3, 0.6, 0.8)
 MOST_PER_S = 150_000
 """What the board has room for; no interpreter serves that many."""
+FIGURES = (
+    "get_p50_us",
+    "get_p99_us",
+    "range_p50_us",
+    "range_p99_us",
+    "throughput_per_s",
+    "late_p50_us",
+    "throttled_share",
+    "busy_share",
+    "foreign_share",
+    "stolen_share",
+)
+QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+DRAWN = 200_000
+NOISY_SHARE = 0.05
+HACKBENCH_LOOPS = 15_000
 STEP = 0.03
 """Between two loads of the search for saturation."""
 BACKLOG_SHARE, LEAST_BACKLOG_NS = 0.01, 60_000_000
@@ -53,24 +78,34 @@ class Plan:
     seconds: float
     saturation_s: float
     workers: int
+    quantum_us: float
     host_core: int
     agent_core: int
 
 
-def run(seed: int = 1, rounds: int = 5, seconds: float = 4.0, saturation_s: float = 20.0, workers: int = 16, quick: bool = False) -> dict[str, Any]:
+def run(
+    seed: int = 1,
+    rounds: int = 5,
+    seconds: float = 4.0,
+    saturation_s: float = 20.0,
+    workers: int = 16,
+    quantum_us: float = 200.0,
+    quick: bool = False,
+) -> dict[str, Any]:
     """Measure all schedulers. Raises ConfigError on fewer than two CPUs or without the right to set scheduling policies, MissingError without rocksdict."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise ConfigError("bench live needs two CPUs, one for the workers and one for agent and client; this process may use one")
-    if rounds < 1 or seconds < 0.2 or saturation_s < 1 or not 2 <= workers <= 64:
+    if rounds < 1 or seconds < 0.2 or saturation_s < 1 or not 2 <= workers <= 64 or quantum_us <= 0:
         raise ConfigError(
-            f"rounds {rounds}, seconds {seconds}, saturation_s {saturation_s}, workers {workers}: at least 1, 0.2, 1, and 2 to 64 workers"
+            f"rounds {rounds}, seconds {seconds}, saturation_s {saturation_s}, workers {workers}, quantum_us {quantum_us}: "
+            "at least 1, 0.2 and 1, 2 to 64 workers, and a quantum above 0"
         )
     if os.geteuid() != 0:
         raise ConfigError("bench live sets scheduling policies of its workers and client, for which one must be root: sudo wave bench live")
     if quick:
-        rounds, seconds, saturation_s = min(rounds, 3), min(seconds, 1.0), min(saturation_s, 2.0)
-    plan = Plan(seed, rounds, seconds, saturation_s, workers, cores[0], cores[1])
+        rounds, seconds, saturation_s = min(rounds, 3), min(seconds, 1.0), min(saturation_s, 1.0)
+    plan = Plan(seed, rounds, seconds, saturation_s, workers, quantum_us, cores[0], cores[1])
     capacity = round(MOST_PER_S * max(seconds, saturation_s, 1.0) * 1.2)
     _tell("building the database")
     with (
@@ -86,43 +121,37 @@ class _Bench:
 
     def __init__(self, plan: Plan, service: Service) -> None:
         self.plan, self.service = plan, service
-        self.columns = [KERNEL, *TUNED]
+        self.told: list[dict[str, Any]] = []  # by hostd, a window of Wave's
+        self.hostd_shares: list[float] = []
 
     def measure(self) -> dict[str, Any]:
+        plan = self.plan
         _tell("measuring costs one by one")
-        costs = live_costs.measure(self.service, self.plan.host_core, self.plan.agent_core, self.plan.seed)
+        costs = live_costs.measure(self.service, plan.host_core, plan.agent_core, plan.seed)
         _tell("saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
-        windows: dict[str, list[Window]] = {name: [] for name in self.columns}
-        for number in range(self.plan.rounds):
-            _tell(f"round {number + 1} of {self.plan.rounds} at {rate:,.0f} requests/s")
-            for name in self.columns:
-                windows[name].append(self._window(name, rate, self.plan.seconds, self.plan.seed + number))
-        figures = {name: _medians(each) for name, each in windows.items()}
-        tuned = min(TUNED, key=lambda name: figures[name].get_p99_us)
-        _tell(f"saturation of the best tuned kernel, {tuned}")
-        saturations[tuned] = self._saturation(tuned, saturations[KERNEL])
-        metrics: dict[str, Any] = {
-            "rate_per_s": rate,
-            "saturation_kernel_per_s": saturations[KERNEL],
-            "saturation_kernel_tuned_per_s": saturations[tuned],
-        }
+        windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *TUNED, WAVE)}
+        for number in range(plan.rounds):
+            _tell(f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
+            for name in windows:
+                windows[name].append(self._window(name, rate, plan.seconds, plan.seed + number))
+        at_load = self.told, self.hostd_shares
+        tuned = min(TUNED, key=lambda name: median(each.get_p99_us for each in windows[name]))
+        for name in (tuned, WAVE):
+            _tell(f"saturation of {name}")
+            saturations[name] = self._saturation(name, saturations[KERNEL])
+        metrics: dict[str, Any] = {"rate_per_s": rate, "quantum_us": plan.quantum_us}
         spread: dict[str, list[float]] = {}
-        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned)):
-            for key in (
-                "get_p50_us",
-                "get_p99_us",
-                "range_p50_us",
-                "range_p99_us",
-                "throughput_per_s",
-                "throttled_share",
-                "busy_share",
-                "foreign_share",
-            ):
+        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), (WAVE, WAVE)):
+            metrics[f"{label}_saturation_per_s"] = saturations[name]
+            for key in FIGURES:
                 values = [getattr(each, key) for each in windows[name]]
                 metrics[f"{label}_{key}"] = median(values)
                 spread[f"{label}_{key}"] = [min(values), max(values)]
+        metrics["throttled_share"] = metrics["wave_throttled_share"]
+        metrics |= decision_times(at_load[0], plan.seed) | {"hostd_cpu_share": median(at_load[1])}
+        metrics |= self._hackbench()
         metrics |= costs.metrics()
         metrics |= self._predict(costs, saturations[KERNEL])
         return {
@@ -134,17 +163,43 @@ class _Bench:
             "spread": spread,
             "windows": {name: [asdict(each) for each in of] for name, of in windows.items()},
             "costs": costs.describe(),
-            "verdict": _conclude(metrics, tuned),
+            "verdict": conclude(metrics, tuned),
         }
 
     def _window(self, name: str, rate_per_s: float, seconds: float, seed: int) -> Window:
         """One scheduler under one load."""
+        plan, service = self.plan, self.service
         load = draw_load(rate_per_s, round(seconds * 1e9), RANGE_SHARE, rocksdb.ENTRIES, rocksdb.RANGE_ENTRIES, seed)
-        with live_schedulers.kernel(self.service, name, self.plan.agent_core) as groups:
-            before = read_usage(self.service.pids, self.plan.host_core)
-            served = self.service.serve(load, groups)
-            after = read_usage(self.service.pids, self.plan.host_core)
-        return look_back(served, before, after)
+        if name == WAVE:
+            with Enclave(service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}) as enclave:
+                first = enclave.status()["hostd"]
+                window = self._serve(load, None)
+                told = enclave.status()
+            self.told.append(told)
+            self.hostd_shares.append((told["hostd"]["cpu_ns"] - first["cpu_ns"]) * 1e-9 / (told["hostd"]["up_s"] - first["up_s"]))
+            return window
+        with live_schedulers.kernel(service, name, plan.agent_core) as groups:
+            return self._serve(load, groups)
+
+    def _serve(self, load: Load, groups: Any) -> Window:
+        before = read_usage(self.service.pids, self.plan.host_core)
+        served = self.service.serve(load, groups)
+        return look_back(served, before, read_usage(self.service.pids, self.plan.host_core))
+
+    def _hackbench(self) -> dict[str, float]:
+        """Time of hackbench on the host CPU, with hostd there for others, as a share of that without, less 1; nothing without hackbench."""
+        plan = self.plan
+        if shutil.which("hackbench") is None:
+            _tell("no hackbench here (package rt-tests): hostd's cost to others is not measured")
+            return {}
+        _tell("hackbench with and without hostd")
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(min(5, plan.rounds + 1)):
+            with live_schedulers.polling(plan.agent_core):
+                times[False].append(_hackbench_s(plan.host_core))
+            with Enclave(self.service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}):
+                times[True].append(_hackbench_s(plan.host_core))
+        return {"hackbench_s": median(times[False]), "hackbench_cost_share": median(times[True]) / median(times[False]) - 1}
 
     def _saturation(self, name: str, guess_per_s: float) -> float:
         """The highest load with a bounded backlog, in steps of 3 % around what comes out under too much load."""
@@ -181,13 +236,54 @@ class _Bench:
         return metrics
 
 
+def decision_times(told: list[dict[str, Any]], seed: int) -> dict[str, float]:
+    """p50, p99 and p999 of the three parts of a decision, ns, and of their sum, from the histograms that agent and host kept."""
+    parts = {
+        "event": [each["report"]["event_ns"] for each in told if each["report"]],
+        "decide": [each["report"]["decide_ns"] for each in told if each["report"]],
+        "enforce": [each["counters"]["enforced_ns"] for each in told],
+    }
+    random, total = np.random.default_rng(seed), np.zeros(DRAWN)
+    metrics: dict[str, float] = {}
+    for name, histograms in parts.items():
+        pairs = np.array([pair for histogram in histograms for pair in histogram], np.float64).reshape(-1, 2)
+        if not len(pairs):
+            return {}
+        drawn = random.choice(pairs[:, 0], DRAWN, p=pairs[:, 1] / pairs[:, 1].sum())
+        total += drawn
+        metrics |= {f"decision_{name}_{label}_ns": float(np.quantile(drawn, q)) for label, q in QUANTILES.items()}
+    return {f"decision_rtt_{label}_ns": float(np.quantile(total, q)) for label, q in QUANTILES.items()} | metrics
+
+
+def _hackbench_s(core: int) -> float:
+    """One hackbench on that CPU, in its own seconds."""
+    command = ["hackbench", "-g", "2", "-f", "5", "-l", str(HACKBENCH_LOOPS)]
+
+    def place() -> None:
+        live_schedulers.as_others()
+        os.sched_setaffinity(0, {core})
+
+    told = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=place).stdout
+    found = re.search(r"Time: ([\d.]+)", told)
+    if found is None:
+        raise WaveError(f"hackbench said nothing of its time: {told.strip()}")
+    return float(found[1])
+
+
 def _medians(windows: list[Window]) -> Window:
     """Figure by figure."""
     return Window(*(median(getattr(each, field.name) for each in windows) for field in fields(Window)))
 
 
-def _conclude(metrics: dict[str, Any], tuned: str) -> str:
-    return f"kernel GET p99 {metrics['kernel_get_p99_us']:,.0f} us, tuned ({tuned}) {metrics['kernel_tuned_get_p99_us']:,.0f} us"
+def conclude(metrics: dict[str, Any], tuned: str) -> str:
+    """One line: what was gained, beside the fair peer, and whether the machine was quiet enough to say so."""
+    gain, fair = (metrics[f"{name}_get_p99_us"] / metrics["wave_get_p99_us"] for name in ("kernel", "kernel_tuned"))
+    noise = max(metrics[f"{name}_foreign_share"] for name in ("kernel", "kernel_tuned", "wave"))
+    line = (
+        f"GET p99 under Shinjuku {metrics['wave_get_p99_us']:,.0f} us: {gain:.2f}x below the kernel's default, {fair:.2f}x below the tuned kernel ({tuned}); "
+        f"saturation {metrics['wave_saturation_per_s'] / metrics['kernel_saturation_per_s']:.2f}x the default's"
+    )
+    return line + (f"; other programs took {noise:.0%} of the host CPU: measure again on a quiet machine" if noise > NOISY_SHARE else "")
 
 
 def _tell(line: str) -> None:

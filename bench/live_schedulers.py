@@ -4,27 +4,33 @@ kernel        Linux's default, EEVDF, as it is
 kernel_slice  the same with a slice of 0.1 ms set for every worker (sched_setattr, Linux 6.12 and newer)
 kernel_batch  the same, RANGE requests go to workers of their own, which are SCHED_BATCH
 kernel_both   both
-wave          the policy `shinjuku`, by agentd on the other core, enforced by hostd
+wave          the policy `shinjuku`, decided by agentd on the other core, enforced by hostd on the workers' own
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from waveos.errors import WaveError
+from waveos.host import doors
 from waveos.host.sched import attributes
 from waveos.host.sched.attributes import Attributes
 from waveos.host.service import Service
 
 PR_SET_PDEATHSIG = 1
 TUNED_SLICE_NS = 100_000
-KERNEL, TUNED = "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
+START_S, STOP_S = 60.0, 10.0
+"""How long hostd and an agent that compiles its policy may take to come up, and hostd to go."""
+WAVE, KERNEL, TUNED = "wave", "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
 RANGE_SHARE_OF_WORKERS = 0.5
 """Of the workers, where RANGEs have their own: enough that none waits for one."""
 
@@ -47,6 +53,61 @@ def kernel(service: Service, name: str, agent_core: int) -> Iterator[Any]:
         for pid, old in before.items():
             with contextlib.suppress(ProcessLookupError):
                 attributes.write(pid, old)
+
+
+class Enclave:
+    """The workers as an enclave: `wave hostd`, which starts the agent. `status` is what both have counted."""
+
+    def __init__(self, service: Service, host_core: int, agent_core: int, params: dict[str, float], policy: str = "shinjuku") -> None:
+        self.name = f"bench-live-{os.getpid()}"
+        command = [sys.executable, "-P", "-c", "import sys; from waveos.cli import main; sys.exit(main())", "hostd", "--enclave", self.name]
+        command += ["--cpus", str(host_core), "--pids", ",".join(map(str, service.pids)), "--mechanism", "priority", "--policy", policy]
+        command += [word for key, value in params.items() for word in ("--param", f"{key}={value:g}")]
+        command += ["--agent-core", str(agent_core), "--measure"]
+        self._process = subprocess.Popen(command, preexec_fn=as_others, stderr=subprocess.PIPE, text=True)
+        try:
+            deadline = time.monotonic() + START_S
+            while not self._attached():
+                if self._process.poll() is not None:
+                    said = self._process.stderr.read() if self._process.stderr else ""
+                    raise WaveError(f"hostd did not start: {said.strip()}")
+                if time.monotonic() > deadline:
+                    raise WaveError(f"no agent came to hostd within {START_S:.0f} s")
+                time.sleep(0.02)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attached(self) -> bool:
+        try:
+            return bool(self.status()["agent"])
+        except (WaveError, KeyError):
+            return False
+
+    def status(self) -> dict[str, Any]:
+        """hostd's counters, with the agent's report."""
+        return doors.ask(self.name, {"do": "status"})
+
+    def close(self) -> None:
+        """Everything as it was: hostd sees to it."""
+        self._process.terminate()
+        try:
+            self._process.communicate(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+    def __enter__(self) -> Enclave:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def as_others() -> None:
+    """In a child of the client: an ordinary thread on any CPU, as the client was before."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
