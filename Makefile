@@ -17,7 +17,7 @@ setup: ## .venv with Wave and all it needs; PYTHON=... names the Python to make 
 CLANG = $(or $(shell command -v clang-19 || ls /usr/bin/clang-[0-9][0-9] 2>/dev/null | sort -V | tail -n 1),clang)
 BPF_ARCH = $(subst aarch64,arm64,$(subst x86_64,x86,$(shell uname -m)))
 BPF_FLAGS = -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Wall -Wextra -Werror -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
-BPF_INCLUDES = -Ibuild/bpf -Ihost/bpf -idirafter /usr/include/$(shell uname -m)-linux-gnu
+BPF_INCLUDES = -Ibuild/bpf -Ihost/bpf -Ihost/sched -idirafter /usr/include/$(shell uname -m)-linux-gnu
 BPF_SOURCES = $(shell find host tests -name '*.bpf.c' 2>/dev/null)
 
 bpf: $(BPF_SOURCES:.c=.o) ## the BPF programs, with clang; a wheel brings them compiled

@@ -15,8 +15,10 @@
 #define SCX_SLICE_DFL 20000000ull
 #define SCX_SLICE_INF (~0ull) /* no tick ends it: only blocking, a kick with PREEMPT, or `slice` set to 0 */
 #define SCX_DSQ_GLOBAL (1ull << 63 | 1)
-#define SCX_DSQ_LOCAL (1ull << 63 | 2)         /* of the CPU that dispatches; in `enqueue`: of the CPU that `select_cpu` chose */
-#define SCX_DSQ_LOCAL_ON (1ull << 63 | 1ull << 62) /* | CPU: of that CPU; refused, with the whole scheduler, if the thread may not run there */
+/* Of the CPU that dispatches; in `enqueue`: of the CPU that `select_cpu` chose. Here and in the next the kernel ends the whole scheduler, with an error, over a
+ * thread that may not run on that CPU; `to_local` of a queue of our own passes over it. */
+#define SCX_DSQ_LOCAL (1ull << 63 | 2)
+#define SCX_DSQ_LOCAL_ON (1ull << 63 | 1ull << 62) /* | CPU */
 #define SCX_KICK_IDLE 1ull    /* only if the CPU idles */
 #define SCX_KICK_PREEMPT 2ull /* the slice of the thread on it is over; no effect on other classes */
 #define SCX_DEQ_SLEEP 1ull
@@ -81,11 +83,11 @@ struct scx_exit_info {
 struct sched_ext_ops {
 	s32 (*select_cpu)(struct task_struct *p, s32 prev_cpu, u64 wake_flags);
 	void (*enqueue)(struct task_struct *p, u64 enq_flags);
-	void (*dequeue)(struct task_struct *p, u64 deq_flags);
+	void (*dequeue)(struct task_struct *p, u64 deq_flags); /* 6.17: taken out of the scheduler's hands; 7.2: also whenever it is dispatched, once for each `enqueue` */
 	void (*dispatch)(s32 cpu, struct task_struct *prev);
 	void (*tick)(struct task_struct *p);
 	void (*runnable)(struct task_struct *p, u64 enq_flags);
-	void (*running)(struct task_struct *p);
+	void (*running)(struct task_struct *p); /* without `enqueue` before it, for a thread that is on a CPU when it joins the class */
 	void (*stopping)(struct task_struct *p, bool runnable);
 	void (*quiescent)(struct task_struct *p, u64 deq_flags);
 	bool (*yield)(struct task_struct *from, struct task_struct *to);
@@ -147,9 +149,10 @@ static __always_inline bool to_local(u64 queue)
 	return scx_bpf_dsq_move_to_local___v1(queue);
 }
 
-/* From `dispatch`, a timer or a SEC("syscall") program: a thread that waits in queue `from`, wherever in it, goes to `queue`. With SCX_DSQ_LOCAL_ON | cpu it
- * is that CPU's next, and the CPU wakes up if it idles; with SCX_ENQ_PREEMPT in `enq_flags` it also takes it from the thread on it. False: it no longer
- * waits there. */
+/* From `dispatch`, a timer or a SEC("syscall") program: a thread that waits in queue `from`, wherever in it, goes to `queue`. False: it no longer waits there.
+ *
+ * To SCX_DSQ_LOCAL_ON | cpu, with SCX_ENQ_PREEMPT or without: 7.2 wakes the idle CPU, or takes it from the thread on it; 6.17 does so only if the thread was
+ * last on another CPU, else it wants a kick after it. To a queue of our own it is safe whatever the thread's affinity has become. */
 static __always_inline bool move(struct task_struct *p, u64 from, u64 queue, u64 slice_ns, u64 enq_flags)
 {
 	struct bpf_iter_scx_dsq it;
@@ -183,7 +186,8 @@ static __always_inline bool queued(struct task_struct *p)
 	return scx_of(p)->flags & SCX_TASK_QUEUED;
 }
 
-/* What is left of a thread's slice; 0: the CPU looks for another at the next chance. */
+/* What is left of a thread's slice; 0: the CPU looks for another at the next chance. (7.2 has a function for it, which Debian's cannot call; it
+ * takes this, and says in its log that it is deprecated.) */
 static __always_inline void set_slice(struct task_struct *p, u64 slice_ns)
 {
 	scx_of(p)->slice = slice_ns;

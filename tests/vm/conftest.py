@@ -1,0 +1,142 @@
+"""Tests in guest kernels: `pytest tests/vm/guest --guests=6.17,7.2`, which is what `make test-vm` says.
+
+Outside, with `--guests`, each test of the folder guest/ stands for one run of it in each kernel: the first of a kernel boots it and runs them all in there,
+then each reports what became of it, as if it had run here. Without the option they are skipped, with the reason. Inside, `--reports-to` writes each
+report to a file line by line, so that a guest that dies half way still tells how far it came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+GUEST = HERE / "guest"
+TIMEOUT_S = 900
+sys.path.insert(0, str(HERE))  # tests are imported by their path, so what lies beside them has to be told where it is
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--guests", metavar="SERIES,...", help="run the tests of tests/vm/guest in guests with these kernels (6.17,7.2)")
+    parser.addoption("--reports-to", metavar="FILE", help="in a guest: where the reports go")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    inside = config.getoption("--reports-to", None)
+    ours = [item for item in items if item.path.is_relative_to(GUEST)]
+    if inside or not ours:
+        return
+    if not (series := config.getoption("--guests", None)):
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason="wants a guest kernel with sched_ext: make test-vm"))
+        return
+    others = [item for item in items if item not in ours]
+    runs = [Run(each, [item.nodeid for item in ours], config) for each in series.split(",")]
+    items[:] = others + [InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in ours]
+
+
+# ── outside ──
+
+
+class Run:
+    """The tests' one run in the guest of a series."""
+
+    def __init__(self, series: str, tests: list[str], config: pytest.Config):
+        self.series = series
+        self._tests = tests
+        self._config = config
+        self._reports: dict[str, list[pytest.TestReport]] | None = None
+        self._ended = ""
+
+    def reports(self, test: str) -> list[pytest.TestReport]:
+        """What the test reported; a single failed one if the guest ended before it could."""
+        if self._reports is None:
+            self._reports = self._boot()
+        found = self._reports[test]
+        if found and found[-1].when == "teardown":
+            return found
+        return [pytest.TestReport(test, ("", None, ""), {}, "failed", f"the guest told nothing of this test: {self._ended}", "call")]
+
+    def _boot(self) -> dict[str, list[pytest.TestReport]]:
+        from kernels import kernel
+        from machine import run
+
+        from waveos.errors import WaveError
+
+        reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        with tempfile.TemporaryDirectory(prefix="wave-guest-") as folder:
+            file = Path(folder, "reports")
+            command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
+            try:
+                chosen = kernel(self.series)
+                ended = run(chosen, [*command, f"--reports-to={file}", *self._tests], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED)
+            except WaveError as error:
+                pytest.exit(f"tests in guests: {error}", returncode=1)
+            self._say(f"{chosen.version}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot")
+            said = ended.output if ended.code is not None else "\n".join([ended.output, ended.console[-4000:]])
+            self._ended = f"{ended}\n{said[-8000:]}"
+            for line in file.read_text().splitlines() if file.exists() else []:
+                report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+                reports[report.nodeid].append(report)
+        return reports
+
+    def _say(self, line: str) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        terminal.ensure_newline()
+        terminal.write_line(f"guest: {line}")
+
+
+class InGuest(pytest.Item):
+    """A test that runs in there."""
+
+    def __init__(self, *, original: str, run: Run, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.original = original
+        self.run = run
+
+    def runtest(self) -> None:
+        raise AssertionError("never called: the guest has run it")
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.name
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not isinstance(item, InGuest):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in item.run.reports(item.original):
+        report.nodeid, report.location = item.nodeid, item.location
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+# ── inside ──
+
+COMPILED = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+"""What is compiled outside runs inside as well: for no processor in particular, so that it is found in the cache."""
+
+_config: list[pytest.Config] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _config[:] = [config]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    config = _config[0]
+    if file := config.getoption("--reports-to", None):
+        line = json.dumps(config.hook.pytest_report_to_serializable(config=config, report=report), default=str)
+        with open(file, "a") as reports:
+            reports.write(line + "\n")
+            reports.flush()
+            os.fsync(reports.fileno())
