@@ -12,7 +12,7 @@ from waveos.policy import Param, Policy
 class Waiting:
     """A request as the policy knows it, from its arrival to its end."""
 
-    __slots__ = ("computed", "instance", "keys", "locked", "marked", "number", "outputs", "prompt", "sizes", "stored")
+    __slots__ = ("computed", "instance", "keys", "locked", "marked", "number", "outputs", "prompt", "sizes", "told")
 
     def __init__(self, number: int, instance: int, prompt: int, outputs: int) -> None:
         self.number, self.instance, self.prompt, self.outputs = number, instance, prompt, outputs
@@ -21,7 +21,7 @@ class Waiting:
         self.computed = 0  # tokens of its prompt that are computed, loaded or decided to be
         self.locked: list[Node] = []
         self.marked: list[Node] = []  # transient nodes that stand for it
-        self.stored = 0  # tokens that storage can give
+        self.told = 0  # tokens of its prompt whose blocks are known
 
 
 class Plan:
@@ -100,6 +100,22 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
                 if key:
                     request.keys.append(key)
                     request.sizes.append(size)
+            request.told += size * sum(map(bool, blocks))
+            if request.told == request.prompt and not request.computed and len(self.here) > 1:
+                self.route(request, txns)
+
+    def route(self, request: Waiting, txns) -> None:
+        """To the instance that has least to compute before it is done with this request: its backlog, and what its cache lacks of the prompt."""
+        hits = {number: here.tree.match(request.keys, request.prompt).hit for number, here in self.here.items()}
+        best = min(self.here.values(), key=lambda here: (here.backlog - hits[here.number], here.number != request.instance))
+        if best.number != request.instance:
+            old = self.here[request.instance]
+            old.queue.remove(request)
+            old.backlog -= request.prompt
+            best.queue.append(request)
+            best.backlog += request.prompt
+            request.instance = best.number
+            serving.route(txns, request.number, best.number)
 
     def request_returned(self, msg, txns):
         """It waits again, first in the queue."""
@@ -174,8 +190,14 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
                 self._used(here, request, txns)
 
     def txn_failed(self, msg, txns):
-        """A batch that was not applied: its requests wait again."""
+        """A batch that was not applied: its requests wait again. A copy that was not begun: it may be tried again."""
         here = self.here.get(msg.instance)
+        if here is not None and msg.decision == serving.Decision.BACK_UP:
+            node = here.tree.nodes.get(msg.key)
+            if node is not None and node.writing:
+                node.writing = False
+                here.host_free += node.tokens
+                here.tree.unlock(node, node.last)
         if here is None or msg.decision != serving.Decision.FORM_BATCH or not here.plans:
             return
         plan = here.plans.pop()

@@ -54,9 +54,8 @@ class Strata(Fcfs, subsystem=serving, name="strata", compiled=False):
         return plan
 
     def flags(self, plan: Plan) -> int:
-        """A batch that is still loading-bound lets running requests decode first."""
-        bound = self.fill and plan.loaded > self.theta_load * plan.new
-        return super().flags(plan) | (int(serving.BatchFlag.DECODE_FIRST) if bound else 0)
+        """Running requests decode while a batch loads, until the moment from which on its computation hides the rest."""
+        return super().flags(plan) | (int(serving.BatchFlag.DECODE_FIRST) if self.fill and plan.loaded else 0)
 
     def _ready(self, here: Local, now: int) -> list[tuple[Waiting, Match]]:
         """Stage 1: requests in order, without those whose prefix another one is about to make; these go to the head of the queue."""

@@ -108,7 +108,9 @@ class Node:
     def __init__(self, clock: Clock, costs: Sequence[Costs], host_tokens: Sequence[int], storage_tokens: int = 0) -> None:
         self.clock = clock
         self.mechanism = Mechanism(self)
-        self.executors = [Executor(number, each, homes=[0] * each.sharding.ranks, home_counts=[0] * each.sharding.ranks) for number, each in enumerate(costs)]
+        self.executors = [
+            Executor(number, each, homes=[0] * each.sharding.ranks, home_counts=[0] * each.sharding.ranks) for number, each in enumerate(costs)
+        ]
         self.on_first: Callable[[Request, int], None] = lambda request, now_ns: None
         self.on_done: Callable[[Request, int], None] = lambda request, now_ns: None
         self._order = 0
@@ -363,4 +365,3 @@ class Node:
         rank = request.home % len(executor.homes)
         executor.homes[rank] -= tokens - executor.iteration
         executor.home_counts[rank] -= 1
-

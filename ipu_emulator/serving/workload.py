@@ -84,7 +84,9 @@ def make_workload(name: str, rate_per_s: float, fitted: Fitted, *, queries: int 
         questions = _lengths(rng, n, shape.prompt, 1.0)
         chosen, contexts = np.zeros(n, int), [[]]
     asks = []
-    for number, (at, question, output, context) in enumerate(zip(arrivals.tolist(), questions.tolist(), outputs.tolist(), chosen.tolist(), strict=True)):
+    for number, (at, question, output, context) in enumerate(
+        zip(arrivals.tolist(), questions.tolist(), outputs.tolist(), chosen.tolist(), strict=True)
+    ):
         shared, own = contexts[context], _split(question)
         blocks = [_shared(context, at_block) for at_block in range(len(shared))]
         blocks += [1 << 50 | (number + 1) << 12 | at_block for at_block in range(len(own))]
@@ -110,18 +112,30 @@ def _split(tokens: int) -> list[int]:
     return [SPAN] * (tokens // SPAN) + ([tokens % SPAN] if tokens % SPAN else [])
 
 
+def bundled_trace() -> Path:
+    """The beginning of Mooncake's conversation trace; data/traces/traces.toml has its origin and licence."""
+    return Path(__file__).parents[1] / "data" / "traces" / "mooncake-conversation-1000.jsonl"
+
+
 def read_mooncake(path: Path, limit: int = 0) -> Workload:
     """A trace in Mooncake's JSONL format: `timestamp` (ms), `input_length`, `output_length`, `hash_ids` of blocks of 512 tokens. Raises ConfigError."""
     asks: list[Ask] = []
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-            at, prompt, outputs, ids = int(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), [int(each) + 1 for each in row["hash_ids"]]
+            at, prompt, outputs, ids = (
+                int(row["timestamp"]),
+                int(row["input_length"]),
+                int(row["output_length"]),
+                [int(each) + 1 for each in row["hash_ids"]],
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}:{number}: not a request of a Mooncake trace ({type(error).__name__}: {error})") from None
         blocks = -(-prompt // MOONCAKE_BLOCK)
         if prompt < 1 or outputs < 0 or blocks != len(ids):
-            raise ConfigError(f"{path}:{number}: {prompt} tokens of input, {outputs} of output and {len(ids)} blocks; {blocks} blocks of {MOONCAKE_BLOCK} are wanted")
+            raise ConfigError(
+                f"{path}:{number}: {prompt} tokens of input, {outputs} of output and {len(ids)} blocks; {blocks} blocks of {MOONCAKE_BLOCK} are wanted"
+            )
         sizes = [MOONCAKE_BLOCK] * blocks
         sizes[-1] = prompt - MOONCAKE_BLOCK * (blocks - 1)
         _check_order(path, number, asks, at * 1_000_000)

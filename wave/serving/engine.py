@@ -22,7 +22,8 @@ class Block:
     parent: int
     tokens: int
     tiers: int = 0
-    users: int = 0  # requests and transfers that need it where it is; never evicted while positive
+    users: int = 0  # requests and transfers that need it on the device; never evicted from there while positive
+    readers: int = 0  # transfers that read it in host memory; never evicted from there while positive
     transfer: Transfer | None = None  # under way to the device: counts as held there
 
 

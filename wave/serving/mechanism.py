@@ -161,6 +161,7 @@ class Mechanism:
         target = int(transfer.target)
         for block in transfer.blocks:
             block.users -= 1
+            block.readers -= transfer.source is Tier.HOST
             block.tiers |= target
             if block.transfer is transfer:
                 block.transfer = None
@@ -180,6 +181,7 @@ class Mechanism:
         for block in blocks:
             transfer.blocks.remove(block)
             block.users -= 1
+            block.readers -= transfer.source is Tier.HOST
             instance.free[int(transfer.target)] += block.tokens
 
     def lose(self, number: int, blocks: Sequence[int], tier: Tier) -> None:
@@ -187,7 +189,7 @@ class Mechanism:
         instance = self.instances[number]
         for key in blocks:
             block = instance.blocks.get(key)
-            if block is not None and block.tiers & tier and not block.users:
+            if block is not None and block.tiers & tier and not (block.readers if tier is Tier.HOST else block.users):
                 self._drop(instance, block, int(tier))
                 instance.cache_seq += 1
                 self._say(Message.KV_LOST, instance=number, key=key, cache_seq=instance.cache_seq, tier=int(tier), free=instance.free[int(tier)])
@@ -254,9 +256,8 @@ class Mechanism:
                 free=instance.capacity[HOST],
                 cache_seq=instance.cache_seq,
             )
-            for block in instance.blocks.values():
-                held = block.tiers | (DEVICE if block.transfer else 0)
-                self._say(Message.KV_HELD, instance=instance.number, key=block.id, cache_seq=block.parent, tokens=block.tokens, tier=held)
+            for key in instance.blocks:
+                self._say_held(instance, key)
             for tier in (DEVICE, HOST):
                 self._say(Message.MEMORY_LEVEL, instance=instance.number, tier=tier, free=free if tier == DEVICE else instance.free[HOST])
         for request in self.requests.values():
@@ -264,7 +265,14 @@ class Mechanism:
             number, seq, at = request.number, request.seq, request.instance
             begun = request.state != "waiting"
             self._say(
-                Message.REQUEST_ARRIVED, request=number, seq=seq, instance=at, tokens=request.prompt, outputs=request.outputs, count=len(told), front=begun
+                Message.REQUEST_ARRIVED,
+                request=number,
+                seq=seq,
+                instance=at,
+                tokens=request.prompt,
+                outputs=request.outputs,
+                count=len(told),
+                front=begun,
             )
             self._out.append(told)
             if request.computed and not begun:
@@ -276,7 +284,11 @@ class Mechanism:
             if instance.waiting and instance.staged is None and not instance.asked and instance.alive:
                 instance.asked = True
                 self._say(
-                    Message.BATCH_WANTED, instance=instance.number, front=instance.running is not None, free=instance.free[DEVICE], cache_seq=instance.cache_seq
+                    Message.BATCH_WANTED,
+                    instance=instance.number,
+                    front=instance.running is not None,
+                    free=instance.free[DEVICE],
+                    cache_seq=instance.cache_seq,
                 )
         out, self._out = self._out, []
         told = bytearray()
@@ -311,6 +323,15 @@ class Mechanism:
         if outcome is Outcome.STALE and rows[0][3] in self.instances:
             self.instances[rows[0][3]].asked = False  # else the same batch would be asked for again, and refused again, before anything has changed
         self._out.append(told.view(MESSAGE))
+        if outcome is not Outcome.COMMITTED and rows[0][0] == Decision.EVICT:
+            self._say_held(self.instances.get(rows[0][3]), rows[0][5])
+
+    def _say_held(self, instance: Instance | None, key: int) -> None:
+        """Where a block is held, for an agent that thinks it is not."""
+        block = instance.blocks.get(key) if instance else None
+        if instance is not None and block is not None:
+            held = block.tiers | (DEVICE if block.transfer else 0)
+            self._say(Message.KV_HELD, instance=instance.number, key=key, cache_seq=block.parent, tokens=block.tokens, tier=held)
 
     def _apply(self, rows: list[tuple[int, ...]]) -> None:
         """Check a transaction, then apply it; Refused before anything is changed."""
@@ -445,6 +466,7 @@ class Mechanism:
         for block in blocks:
             block.transfer = transfer
             block.users += 1
+            block.readers += 1
         instance.free[DEVICE] -= transfer.tokens
         self.engine.move(transfer)
 
@@ -482,7 +504,7 @@ class Mechanism:
             blocks.append(block)
             key = block.parent
         if kind == Decision.EVICT:
-            if any(block.users or not block.tiers & tier for block in blocks):
+            if any((block.readers if tier == HOST else block.users) or not block.tiers & tier for block in blocks):
                 raise Refused(Outcome.STALE)
             for block in blocks:
                 self._drop(instance, block, tier)
@@ -494,6 +516,7 @@ class Mechanism:
             raise Refused(Outcome.CONGESTED)
         for block in blocks:
             block.users += 1
+            block.readers += source == HOST
             instance.free[tier] -= block.tokens
         self.engine.move(Transfer(instance.number, blocks, Tier(source), Tier(tier)))
 

@@ -32,7 +32,10 @@ class Message(Told):
     """What the host tells the agent. A policy handles a message by a method of its lower-case name."""
 
     INSTANCE_NEW = 1, "an engine instance: msg.count ranks, KV pools of msg.tokens on the device and msg.free in host memory"
-    REQUEST_ARRIVED = 2, "a request: msg.tokens of prompt, msg.outputs to generate at most; its context follows in msg.count records; front=1: it runs (replay)"
+    REQUEST_ARRIVED = (
+        2,
+        "a request: msg.tokens of prompt, msg.outputs to generate at most; its context follows in msg.count records; front=1: it runs (replay)",
+    )
     CONTEXT = 3, "up to four blocks of a request's prompt, in order, of msg.tokens each; equal ids mean an equal prompt up to there"
     PREFIX_MATCHED = 4, "storage holds the KV of the request's first msg.tokens"
     BATCH_WANTED = 5, "the instance can be given a batch (level-triggered); front=1: one still runs, so this one is formed ahead"
@@ -49,7 +52,10 @@ class Message(Told):
     RANK_FAILED = 16, "GPU msg.rank of the instance is lost; msg.count are alive; nothing runs until it is told how to recover"
     RANK_BACK = 17, "GPU msg.rank can be used again; msg.count would be alive"
     RECOVERED = 18, "the instance runs on msg.count ranks, after msg.key ns"
-    KV_HELD = 19, "replay: block msg.key, of msg.tokens, after block msg.cache_seq, is held in the tiers of msg.tier"
+    KV_HELD = (
+        19,
+        "block msg.key, of msg.tokens, after block msg.cache_seq, is held in the tiers of msg.tier: in a replay, or when it could not be evicted",
+    )
     TXN_OUTCOME = 32, "host to runtime: what became of a transaction; policies see txn_failed or txn_committed"
     BATCH_END = 33, "the queue is drained; msg.time_ns is the agent's clock"
     RESYNC = 34, "host to runtime: messages were lost; forget everything, the host's whole state follows"
