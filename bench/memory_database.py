@@ -60,8 +60,8 @@ def build(folder: Path, gib: float, seed: int = 1) -> int:
     database = Rdict(str(folder / "db"), options)
     database.ingest_external_file(files)
     database.close()
-    for path in files:
-        Path(path).unlink(missing_ok=True)
+    for name in files:
+        Path(name).unlink(missing_ok=True)
     done.write_text(str(keys))
     return keys
 
@@ -74,7 +74,8 @@ def _options(cache_bytes: int) -> Any:
     table = BlockBasedOptions()
     table.set_block_size(BLOCK_BYTES)
     if cache_bytes:
-        table.set_block_cache(Cache(cache_bytes))
+        # An LRU cache would walk chains of handles that lie among the blocks, cold ones too; this one has a table of its own.
+        table.set_block_cache(Cache.new_hyper_clock_cache(cache_bytes, BLOCK_BYTES))
     options.set_block_based_table_factory(table)
     options.set_compression_type(DBCompressionType.none())  # zram compresses; a block in the cache is as it was written
     options.set_use_direct_reads(True)  # the page cache is not what is measured

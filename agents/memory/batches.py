@@ -18,7 +18,7 @@ from waveos.memory import GROUP
 Flags = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint64]
 
-_GROW = 1_024  # groups
+_GROW = 64  # groups
 
 
 class Batches:
@@ -101,7 +101,7 @@ class Batches:
         if len(fitting):
             return int(taken[fitting[0]] - gaps[fitting[0]])
         begin = len(self._region) - int(gaps[-1])
-        more = max(_GROW, begin + groups - len(self._region))
+        more = max(_GROW, begin + groups - len(self._region), len(self._region) // 2)
         self._region = np.concatenate([self._region, np.full(more, -1, np.int32)])
         for name in ("_first", "_scanned", "_touched"):
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, getattr(self, name).dtype)]))

@@ -51,9 +51,11 @@ class Clock(Policy, subsystem=memory, name="clock", compiled=False):
 
     def timer_expired(self, msg, txns):
         of = self.batches
-        step = max(1, int(len(of) * self.step_ms / self.round_ms))
-        seen = np.zeros(len(of), bool)
-        seen[np.arange(self.hand, self.hand + step) % max(1, len(of))] = True
-        self.hand = (self.hand + step) % max(1, len(of))
-        memory.scan(txns, *of.where(seen & of.resident & of.live))
+        places = np.flatnonzero(of.live)
+        if len(places):
+            step = max(1, int(len(places) * self.step_ms / self.round_ms))
+            seen = np.zeros(len(of), bool)
+            seen[places[np.arange(self.hand, self.hand + step) % len(places)]] = True
+            self.hand = (self.hand + step) % len(places)
+            memory.scan(txns, *of.where(seen & of.resident))
         txns.wake_after(int(self.step_ms * 1e6))
