@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from wire import why_not  # noqa: E402
+from wire import why_not
 
 REASON = why_not()
 

@@ -77,21 +77,20 @@ def test_without_a_heartbeat_packets_take_the_kernels_path_and_come_back_with_it
 
 
 def test_a_frame_sent_through_the_port_arrives_and_comes_back_free(net: Any) -> None:
-    with served(net) as port:
-        with inside(net.client.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
-            plain.bind((net.client.address, 0))
-            plain.settimeout(10)
-            plain.sendto(b"turn me round", (net.host.address, PORT))
-            packets, free = np.zeros(4, PACKET), len(port.frames)
-            wait_for(lambda: receive(port.xsk.record[0], packets, 4) == 1)
-            from waveos.host.xsk.echo import turn
+    with served(net) as port, inside(net.client.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+        plain.bind((net.client.address, 0))
+        plain.settimeout(10)
+        plain.sendto(b"turn me round", (net.host.address, PORT))
+        packets, free = np.zeros(4, PACKET), len(port.frames)
+        wait_for(lambda: receive(port.xsk.record[0], packets, 4) == 1)
+        from waveos.host.xsk.echo import turn
 
-            turn(port.umem.address + int(packets[0]["at"]))
-            assert send(port.xsk.record[0], packets, 0, 1) == 1
-            wake(port.xsk.record[0])
-            assert plain.recv(100) == b"turn me round"
-            wait_for(lambda: complete(port.xsk.record[0], port.frames.record[0]) == 1)
-            assert len(port.frames) == free + 1
+        turn(port.umem.address + int(packets[0]["at"]))
+        assert send(port.xsk.record[0], packets, 0, 1) == 1
+        wake(port.xsk.record[0])
+        assert plain.recv(100) == b"turn me round"
+        wait_for(lambda: complete(port.xsk.record[0], port.frames.record[0]) == 1)
+        assert len(port.frames) == free + 1
 
 
 def test_fragments_go_to_the_kernel_which_puts_them_together(net: Any) -> None:
@@ -167,13 +166,13 @@ def test_a_driver_without_xdp_is_served_in_generic_mode_and_says_so(net: Any) ->
 def test_what_cannot_be_opened_is_told_in_one_line_and_leaves_nothing(net: Any) -> None:
     before = set(os.listdir("/proc/self/fd"))
     with inside(net.ipu):
-        with pytest.raises(ConfigError, match="no interface 'nope'.*there are: .*client"):
+        with pytest.raises(ConfigError, match=r"no interface 'nope'.*there are: .*client"):
             Port.open("nope", port=PORT)
         with pytest.raises(ConfigError, match="no queue 7"):
             Port.open("client", port=PORT, queue=7)
         with pytest.raises(ConfigError, match="power of two"):
             Port.open("client", port=PORT, ring_size=1_000)
-        with Port.open("client", port=PORT), pytest.raises(ConfigError, match="taken|already"):
+        with Port.open("client", port=PORT), pytest.raises(ConfigError, match=r"taken|already"):
             Port.open("client", port=PORT)
     assert set(os.listdir("/proc/self/fd")) == before
 
