@@ -50,6 +50,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
             patience="u1",
             reclaimed="u4",
             shadow="?",  # what was predicted cold at the last assessment
+            came="?",  # back by a touch since then
         )
         self.quantiles, self.weights = posteriors.table(), posteriors.weights(self.scan_cost_share)
         self.quota = Quota(self.quota_share_per_s)
@@ -90,6 +91,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         back = of.named(msgs)
         self.wrong += int((back & of.shadow).sum())
         of.shadow &= ~back
+        of.came |= back
         soon = back & ~of.resident & ((self.tick - of.reclaimed) * self.tick_ms < self.epoch_ms)
         of.patience[soon] = np.minimum(of.patience[soon] + 1, MOST_PATIENCE)
         self._return(back)
@@ -205,14 +207,10 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         return f"its tasks stalled for {share:.1%} of the time, {self.allowed_stall:.1%} are allowed" if share > self.allowed_stall else ""
 
     def default_action(self, txns):
-        """Safe default: reclaim nothing, and bring back what was reclaimed since the last epoch began and lies beside what came back by itself."""
+        """Safe default: reclaim nothing, and bring back what is left in swap of the batches that came back by a touch since the last assessment."""
         of = self.batches
-        recent = ~of.resident & of.live & (of.reclaimed > 0) & ((self.tick - of.reclaimed) * self.tick_ms < self.epoch_ms)
-        beside = np.repeat((of.resident & (of.idle == 0) & of.live).reshape(-1, memory.GROUP).any(axis=1), memory.GROUP)
-        back = recent & beside
-        if back.any():
-            memory.bring_back(txns, *of.where(back), quota_bytes=memory.GROUP * int(of.bytes.max()))
-            self._return(back)
+        if of.came.any():
+            memory.bring_back(txns, *of.where(of.came), quota_bytes=memory.GROUP * int(of.bytes.max()))
 
     def _assess(self, txns, now_ns):
         why = self.assess_model() or self.assess_performance()
@@ -224,7 +222,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         elif now_ns >= self.stopped_until:
             self.offences = max(0, self.offences - 1)
         of = self.batches
-        of.shadow[:] = self.predict()
+        of.shadow[:], of.came[:] = self.predict(), False
         self.wrong, self.stall_us = 0, 0
         self.seen = int((of.shadow & ~of.resident).sum())  # a touch of what is not resident is always told
 
