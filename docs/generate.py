@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from waveos import errors, policy, scenario, sched, testing
 from waveos.ipu_emulator import profile
+from waveos.memory import scenario as memory_scenario
 from waveos.outcome import Outcome
 from waveos.policy import state
 from waveos.sched import laws
@@ -183,6 +184,16 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("`[objective]`, for each class", scenario.Goal),
 ]
 
+SUBSYSTEMS: dict[str, list[tuple[str, type[BaseModel]]]] = {
+    "memory": [
+        ("top of the file", memory_scenario.MemoryScenario),
+        ("`[memory]`", memory_scenario.Memory),
+        ("`[access]`", memory_scenario.Accesses),
+        ("`[run]`", memory_scenario.MemoryRun),
+    ],
+}
+"""What scenarios of other subsystems have of their own, or in another form."""
+
 NOTES: dict[type[BaseModel], str] = {
     scenario.Scenario: "The whole experiment. Relative file names start from the scenario's folder.",
     scenario.Service: scenario.Service.__doc__
@@ -195,7 +206,9 @@ NOTES: dict[type[BaseModel], str] = {
 def scenario_page() -> str:
     """Every key of a scenario file, the shipped scenarios, and the profiles of links and hosts."""
     described = {model for _, model in TABLES}
-    parts = [each for each in [*scenario.Part.__subclasses__(), scenario.Scenario] if each.__module__ == scenario.__name__ and each is not scenario.File]
+    parts = [
+        each for each in [*scenario.Part.__subclasses__(), scenario.Scenario] if each.__module__ == scenario.__name__ and each is not scenario.File
+    ]
     missing = [model.__name__ for model in parts if model not in described]
     assert not missing, f"tables of the scenario that no section describes: {missing}"
     return "\n".join(
@@ -215,6 +228,7 @@ def scenario_page() -> str:
             "",
             *_shipped(),
             *(line for title, model in TABLES for line in _keys(title, model)),
+            *(line for name, tables in SUBSYSTEMS.items() for title, model in tables for line in _keys(f"Scenarios of {name}: {title}", model)),
             *_profiles(),
         ]
     )
