@@ -95,6 +95,12 @@ def _there(ring: Any, n: int) -> Any:
 
 
 @jit
+def room(xsk: Any) -> int:
+    """1 if the TX ring takes another packet, else 0."""
+    return _room(xsk.tx, 1)  # type: ignore[no-any-return]
+
+
+@jit
 def receive(xsk: Any, packets: Any, n: int) -> int:
     """Take up to n packets into `packets` ([..] PACKET); how many there were. Their frames are the caller's."""
     ring = xsk.rx

@@ -88,11 +88,13 @@ RPC: np.dtype[np.void] = np.dtype(
         ("request_class", "u1"),
         ("worker", "u1"),  # in a reply: which worker answered
         ("status", "u1"),  # in a reply: 0 answered, 1 refused (shed)
-        ("spare", "u1"),
+        ("marked", "u1"),  # in a reply: the IPU tells of congestion
         ("id", "<u8"),  # the client's; a reply carries it back
         ("sent_ns", "<i8"),  # the client's clock at the intended time of sending; carried back
         ("slo_us", "<u4"),  # 0: none
-        ("work_ns", "<u4"),  # in a request: argument of the service; in a reply: how long the worker took
+        ("work_ns", "<u4"),  # in a request: an argument of the service; in a reply: how long the worker took
+        ("ticket", "<u4"),  # the IPU's: written into a request on its way, carried back
+        ("argument", "<u4"),  # of the service: a key
     ]
 )
 """The header of a request or reply of a Wave service, first in its UDP payload."""

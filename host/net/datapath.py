@@ -1,0 +1,71 @@
+"""The IPU of a network on this machine: ports at both its wires, the doorway, and the agent in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+
+from waveos.host.net.link import Doorway
+from waveos.host.net.topology import Network, inside
+from waveos.host.restore import RUN
+from waveos.host.xsk import Port
+
+
+class Datapath:
+    """Opened, and served by whoever comes through the doorway; `start_agent` starts one."""
+
+    def __init__(self, network: Network, *, port: int, workers: int, ring_size: int = 2_048) -> None:
+        self._undo = contextlib.ExitStack()
+        self._agent: subprocess.Popen[bytes] | None = None
+        try:
+            with inside(network.ipu):
+                self.client = self._undo.enter_context(Port.open("client", port=port, ring_size=ring_size))
+                self.host = self._undo.enter_context(Port.open("host", port=port, from_client=False, ring_size=ring_size, share=self.client))
+            folder = RUN / f"net-{network.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.url = f"xsk://{folder / 'agent.sock'}"
+            self._door = Doorway(folder / "agent.sock", self.client, self.host, port=port, workers=workers, open_to_all=True)
+            self._undo.callback(self._door.close)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def start_agent(self, policy: str, *arguments: str, user: int | None = None) -> int:
+        """An agent for these ports that runs the policy, without privilege where `user` is given; its pid. It serves once `serving` says so."""
+        command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", self.url, policy, *arguments]
+        self._agent = subprocess.Popen(command, user=user, group=user, extra_groups=[] if user is not None else None)
+        return self._agent.pid
+
+    @property
+    def serving(self) -> bool:
+        """The agent's heart beats."""
+        return bool(self.client.control["heartbeat_ns"][0])
+
+    @property
+    def agent_gone(self) -> bool:
+        """The agent that was started has ended."""
+        return self._agent is not None and self._agent.poll() is not None
+
+    def stop_agent(self) -> None:
+        """End the agent; from then on packets take the kernel's path."""
+        if self._agent is not None and self._agent.poll() is None:
+            self._agent.send_signal(signal.SIGCONT)
+            self._agent.terminate()
+            try:
+                self._agent.wait(5)
+            except subprocess.TimeoutExpired:
+                self._agent.kill()
+                self._agent.wait()
+
+    def close(self) -> None:
+        """End the agent and give everything back."""
+        self.stop_agent()
+        self._undo.close()
+
+    def __enter__(self) -> Datapath:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
