@@ -39,7 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     others = [item for item in items if item not in ours]
     runs = [Run(each, [item.nodeid for item in ours], config) for each in series.split(",")]
-    items[:] = others + [InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in ours]
+    items[:] = others + [
+        InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in ours
+    ]
 
 
 # ── outside ──
@@ -76,7 +78,14 @@ class Run:
             command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
             try:
                 chosen = kernel(self.series)
-                ended = run(chosen, [*command, f"--reports-to={file}", *self._tests], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED)
+                ended = run(
+                    chosen,
+                    [*command, f"--reports-to={file}", *self._tests],
+                    timeout_s=TIMEOUT_S,
+                    share=Path(folder),
+                    results=[file.name],
+                    environment=COMPILED,
+                )
             except WaveError as error:
                 pytest.exit(f"tests in guests: {error}", returncode=1)
             self._say(f"{chosen.version}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot")

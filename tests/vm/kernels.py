@@ -87,7 +87,9 @@ def _fetch(root: Path, series: str) -> Kernel:
     packages = apt.packages(version)
     needed = sum(packages.values()) + _SPARE_BYTES
     if (free := shutil.disk_usage(root).free) < needed:
-        raise MissingError(f"{root} has {free >> 20} MiB free; a kernel needs {needed >> 20} MiB there: make room, or set XDG_CACHE_HOME to another disk")
+        raise MissingError(
+            f"{root} has {free >> 20} MiB free; a kernel needs {needed >> 20} MiB there: make room, or set XDG_CACHE_HOME to another disk"
+        )
     downloads, partial = root / "downloads", root / f"partial-{version}"
     shutil.rmtree(partial, ignore_errors=True)
     for file in apt.download(list(packages), downloads):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernels import Kernel
@@ -56,6 +56,9 @@ sync
 """
 
 
+_FILES = ("begun", "code", "output", "dmesg", "start.log")
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a guest ended."""
@@ -65,6 +68,7 @@ class Ended:
     console: str  # what the kernel said
     boot_s: float  # from the start to the command's first step
     total_s: float
+    before: str = ""  # how the first try ended, if this is the second
 
     @property
     def panicked(self) -> bool:
@@ -72,8 +76,10 @@ class Ended:
 
     def __str__(self) -> str:
         if self.code is not None:
-            return f"ended with code {self.code}"
-        return "the kernel panicked" if self.panicked else "stopped: it took too long" if self.boot_s else "never came up"
+            said = f"ended with code {self.code}"
+        else:
+            said = "the kernel panicked" if self.panicked else "it was stopped, or it died" if self.boot_s else "never came up"
+        return said + (f" (second try; first: {self.before})" if self.before else "")
 
 
 def run(
@@ -83,30 +89,42 @@ def run(
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     share: Path | None = None,
+    results: Sequence[str] = (),
     cpus: int = 2,
     memory: str = "2G",
     qemu: Sequence[str] = (),
 ) -> Ended:
     """Boot the kernel, run the command in this process's working directory, and wait for the end.
 
-    `share`: a folder that both sides see under the same path and may write (a new one is made and deleted if None). `qemu`: further options of
-    QEMU's. A guest that does not come up, or that panics as these kernels do about once in a dozen boots while tracepoints are
-    patched (`int3`), is tried once more. Raises MissingError if a tool is not installed.
+    `share`: a folder that both sides see under the same path and may write (a new one is made and deleted if None); `results`: the files in it that
+    the command makes, so that a second try begins without them. `qemu`: further options of QEMU's. A guest that does not come up, or that
+    panics as these kernels do about once in a dozen boots while tracepoints are patched (`int3`), is tried once more. Raises MissingError if a
+    tool is not installed.
     """
     _check_tools()
     with contextlib.ExitStack() as stack:
         if share is None:
             share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wave-guest-")))
-        for attempt in (1, 2):
-            ended = _boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu)
+        before = ""
+        for _ in range(2):
+            for name in (*_FILES, *results):
+                (share / name).unlink(missing_ok=True)
+            ended = replace(_boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu), before=before)
             known = not ended.boot_s or (ended.panicked and "int3" in ended.console)
-            if ended.code is not None or not known or attempt == 2:
+            if ended.code is not None or not known:
                 break
+            before = f"{ended} after {ended.total_s:.0f} s"
     return ended
 
 
 def _check_tools() -> None:
-    for tool, package in {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static", "cpio": "cpio", "modprobe": "kmod", "udevadm": "udev"}.items():
+    for tool, package in {
+        "qemu-system-x86_64": "qemu-system-x86",
+        "busybox": "busybox-static",
+        "cpio": "cpio",
+        "modprobe": "kmod",
+        "udevadm": "udev",
+    }.items():
         if not shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"):
             raise MissingError(f"{tool} is not here, and guests need it: apt-get install {package}, or all of them: .ci/packages guest")
     if not _vng().exists():
@@ -120,8 +138,6 @@ def _vng() -> Path:
 def _boot(
     kernel: Kernel, command: Sequence[str], timeout_s: float, environment: dict[str, str], share: Path, cpus: int, memory: str, qemu: Sequence[str]
 ) -> Ended:
-    for name in ("begun", "code", "output", "dmesg", "start.log"):
-        (share / name).unlink(missing_ok=True)
     (share / "start.sh").write_text(_START.format(share=share))
     exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in _inherited(environment).items())
     (share / "command.sh").write_text(f"{exports}cd {shlex.quote(os.getcwd())}\nexec {shlex.join(command)}\n")
