@@ -119,7 +119,7 @@ def test_the_commands_run_it_and_keep_its_results(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["compare", "memory", "--loads", "4k"],
+        ["compare", "memory", "--no-saturation"],
         ["run", "memory", "--trace", "t.json"],
         ["sweep", "memory", "--over", "memory.gib=1,2"],
         ["trace", "memory"],
