@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from waveos.host.net.link import Doorway
 from waveos.host.net.topology import Network, inside
 from waveos.host.restore import RUN
 from waveos.host.xsk import Port
+
+PR_CAPBSET_DROP, CAPABILITIES = 24, 64
+_libc = ctypes.CDLL(None)
 
 
 class Datapath:
@@ -33,9 +37,9 @@ class Datapath:
             raise
 
     def start_agent(self, policy: str, *arguments: str, user: int | None = None) -> int:
-        """An agent for these ports that runs the policy, without privilege where `user` is given; its pid. It serves once `serving` says so."""
+        """An agent for these ports that runs the policy, without any capability, and as that user if one is given; its pid. `serving` says when it serves."""
         command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", self.url, policy, *arguments]
-        self._agent = subprocess.Popen(command, user=user, group=user, extra_groups=[] if user is not None else None)
+        self._agent = subprocess.Popen(command, user=user, group=user, extra_groups=None if user is None else [], preexec_fn=_drop_capabilities)
         return self._agent.pid
 
     @property
@@ -69,3 +73,9 @@ class Datapath:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _drop_capabilities() -> None:
+    """Between fork and exec: what the new program could ever have of them."""
+    for capability in range(CAPABILITIES):
+        _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)

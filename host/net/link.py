@@ -79,9 +79,12 @@ class XskLink:
         self._line = _connect(url, patience_s)
         data, fds, _, _ = socket.recv_fds(self._line, HELLO_BYTES, 6)
         facts = json.loads(data or b'{"error": "the host closed the door"}')
-        if "error" in facts or facts["version"] != VERSION:
+        error = facts.get("error")
+        if error is None and facts["version"] != VERSION:
+            error = f"the host speaks version {facts['version']} of the contract, this is version {VERSION}"
+        if error:
             self._line.close()
-            raise LinkError(f"{url}: {facts.get('error') or 'the host speaks version %s, this is %s' % (facts['version'], VERSION)}")
+            raise LinkError(f"{url}: {error}")
         self.client = Port.attach(facts["client"].encode(), fds[:3])
         self.host = Port.attach(facts["host"].encode(), fds[3:], share=self.client)
         self.workers: int = facts["workers"]

@@ -1,7 +1,7 @@
 """A UDP RPC service: worker processes in the host's namespace, each with a socket on the service's port and one on a port of its own.
 
-The service's port is shared by all workers (SO_REUSEPORT): that is the kernel's path, where its hash picks the worker. A worker's own port, the service's + 1 + its
-number, is where the IPU sends what its policy steered there. Replies leave from the service's port either way, so a client never notices.
+The service's port is shared by all workers (SO_REUSEPORT): that is the kernel's path, where its hash picks the worker. A worker's own port, the
+service's + 1 + its number, is where the IPU sends what its policy steered there. Replies leave from the service's port either way.
 """
 
 from __future__ import annotations

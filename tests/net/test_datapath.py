@@ -1,0 +1,145 @@
+"""Requests through the namespaces: steered by an agent in a process of its own, and by the kernel when the agent dies, hangs or ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "xsk"))
+from wire import why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+PORT, WORKERS = 5_000, 4
+PATIENCE_S = 60.0
+FALLBACK_S = 0.05
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Any]:
+    from waveos.host.net import topology
+    from waveos.host.net.client import Client
+    from waveos.host.net.service import UdpService
+
+    times = [np.full(10, 50_000, np.int64), np.full(10, 2_000_000, np.int64)]
+    with (
+        topology.network(f"test-net-{os.getpid()}") as network,
+        UdpService(network, port=PORT, workers=WORKERS, times_ns=times),
+        Client(network, PORT) as client,
+    ):
+        yield network, client
+
+
+def plan(rate: float, seconds: float, seed: int = 1) -> Any:
+    from waveos.host.net.client import draw_plan
+
+    return draw_plan(rate, seconds, 0.1, flows=64, slo_us=(2_000, 20_000), seed=seed)
+
+
+def serving(network: Any, policy: str, *arguments: str) -> Any:
+    from waveos.host.net.datapath import Datapath
+
+    path = Datapath(network, port=PORT, workers=WORKERS)
+    try:
+        path.start_agent(policy, *arguments)
+        wait_for(lambda: path.serving or path.agent_gone)
+        assert not path.agent_gone
+    except BaseException:
+        path.close()
+        raise
+    return path
+
+
+@pytest.mark.parametrize("policy", ["rss", "net_round_robin", "power_of_two", "jbsq", "darc", "slo_steering"])
+def test_every_request_is_answered_and_steered_or_on_the_kernels_path(world: Any, policy: str) -> None:
+    network, client = world
+    with serving(network, policy, "--nap-us", "50") as path:
+        answered = client.run(plan(300, 0.5), patience_s=PATIENCE_S)
+        assert answered.unanswered == 0
+        assert path.client.redirect.counters()["redirected"] > 0
+        assert path.host.redirect.counters()["redirected"] > 0
+
+
+def test_what_would_be_late_is_refused_and_the_client_told(world: Any) -> None:
+    network, client = world
+    with serving(network, "admission", "--nap-us", "50", "--param", "slack=0.000001"):
+        sent = plan(300, 0.5)
+        answered = client.run(sent, patience_s=PATIENCE_S)
+        assert answered.unanswered == 0
+        assert np.sum(answered.plan["status"] == 1) > len(sent) / 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hung_agent_costs_what_was_in_the_rings_and_no_more(world: Any, number: int) -> None:
+    network, client = world
+    with serving(network, "jbsq", "--nap-us", "50") as path:
+        sent, hit = plan(400, 2.0), []
+
+        def strike(since_s: float) -> None:
+            if since_s > 0.5 and not hit:
+                os.kill(path._agent.pid, number)
+                hit.append(time.monotonic_ns())
+
+        answered = client.run(sent, patience_s=2.0, heard=strike)
+        at = answered.start_ns + answered.plan["at_ns"]
+        missing = at[answered.plan["done_ns"] == 0]
+        assert hit and len(missing) <= 4_096 + 4_096, "bounded by the rings"
+        assert path.client.redirect.counters()["unserved"] > 0, "the kernel's path took over"
+        # Whatever was sent once the heart was silent for its patience went by the kernel's path: nothing of that is missing.
+        patience_ns = int(path.client.control["patience_ns"][0])
+        assert patience_ns < FALLBACK_S * 1e9
+        assert np.all(missing < hit[0] + FALLBACK_S * 1e9)
+        assert np.any((at > hit[0] + FALLBACK_S * 1e9) & (answered.plan["done_ns"] > 0))
+
+
+def test_the_agent_has_no_capability_and_serves(world: Any) -> None:
+    network, client = world
+    with serving(network, "rss", "--nap-us", "50") as path:
+        status = Path(f"/proc/{path._agent.pid}/status").read_text()
+        assert "CapEff:\t0000000000000000" in status and "CapPrm:\t0000000000000000" in status
+        assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0
+
+
+def test_strange_packets_are_dropped_and_counted_and_requests_go_on(world: Any) -> None:
+    network, client = world
+    from waveos.host.net.topology import inside
+    from waveos.net.records import RPC, RPC_MAGIC, RPC_VERSION
+
+    with serving(network, "rss", "--nap-us", "50") as path:
+        strange = np.zeros(4, RPC)
+        strange["magic"], strange["version"] = RPC_MAGIC, RPC_VERSION
+        strange["request_class"][0], strange["version"][1], strange["kind"][2], strange["magic"][3] = 200, 9, 7, 1
+        with inside(network.client.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+            for record in strange:
+                plain.sendto(record.tobytes(), (network.host.address, PORT))
+            for size in (0, 1, 39, 1_472, 1_473, 60_000):
+                plain.sendto(bytes(size), (network.host.address, PORT))
+            for _ in range(1_000):
+                plain.sendto(b"flood", (network.host.address, PORT + 100))
+        assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0
+        assert not path.agent_gone
+
+
+def test_a_second_agent_is_told_that_the_ports_are_taken(world: Any) -> None:
+    from waveos import net
+    from waveos.errors import LinkError
+    from waveos.link import open_link
+
+    network, _ = world
+    with serving(network, "rss", "--nap-us", "50") as path, pytest.raises(LinkError, match="another agent"):
+        open_link(path.url, side="agent", subsystem=net)
