@@ -2,9 +2,10 @@
 
 service    a burst of requests, all workers SCHED_FIFO: each runs to its end in turn, and the time between two completions is the whole of what a request
            takes on the host CPU: the switch to its worker, the system call, RocksDB, and blocking, with the caches as other workers leave them
-lateness   requests far apart: sent, after it was to be sent
-idle wake  the same: done, after it was sent, less the service: a CPU that sleeps is woken
+lateness   requests 60 us and more apart: sent, after it was to be sent
+idle wake  the same: done, after it was sent, less the service: a CPU that has just fallen asleep is woken, and has cooled a little
 switch     a byte to and fro between two processes of one CPU, less the calls
+interrupt  GETs on workers of a higher real-time priority interrupt a RANGE: what it takes longer for each, less the GET and one switch
 slice      the kernel's, from sched_getattr; the tick from the coarse clock's resolution
 """
 
@@ -27,7 +28,8 @@ from waveos.host.sched.attributes import Attributes
 from waveos.host.service import Load, Service, draw_load
 
 BURST, BURST_PER_S = 60_000, 200_000.0
-APART, APART_NS = 1_500, 1_000_000
+APART, APART_NS, APART_JITTER_NS = 15_000, 60_000, 20_000
+TRAINS, TRAIN_NS, WAGONS, WAGON_NS = 80, 4_000_000, 10, 60_000
 PINGS = 3_000
 CLOCK_MONOTONIC_COARSE = 6
 """Linux's number (clock_gettime(2)); Python names only the fine one. It moves with the tick."""
@@ -42,6 +44,7 @@ class Costs:
     late_ns: NDArray[np.int64]
     wake_ns: float  # an idle CPU, until the woken thread runs
     switch_ns: float
+    interrupt_ns: float  # taken by a thread that is preempted
     slice_ns: int
     tick_ns: int
     pipe_rtt_ns: float  # between the two CPUs
@@ -62,6 +65,7 @@ class Costs:
             "cost_late_p99_us": late[1],
             "cost_idle_wake_us": self.wake_ns / 1_000,
             "cost_switch_us": self.switch_ns / 1_000,
+            "cost_interrupt_us": self.interrupt_ns / 1_000,
             "pipe_rtt_p50_ns": self.pipe_rtt_ns,
         }
 
@@ -76,6 +80,7 @@ def measure(service: Service, host_core: int, client_core: int, seed: int) -> Co
         service.serve(_apart(200, seed))  # compiles, and touches everything once
         gets, ranges = _service(service, seed)
         apart = service.serve(_apart(APART, seed))
+        longer = _interrupted(service)
     late = apart.sent_ns - apart.intended_ns
     waking = float(np.median(apart.done_ns - apart.sent_ns)) - float(np.median(gets))
     with polling(client_core):
@@ -83,7 +88,8 @@ def measure(service: Service, host_core: int, client_core: int, seed: int) -> Co
         across = _ping(host_core, client_core)
     usual = attributes.usual_slice_ns()
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
-    return Costs(gets, ranges, late, max(1.0, waking), max(1.0, switch), usual, tick, across)
+    interrupt = longer - float(gets.mean()) - switch
+    return Costs(gets, ranges, late, max(1.0, waking), max(1.0, switch), max(0.0, interrupt), usual, tick, across)
 
 
 @contextlib.contextmanager
@@ -100,7 +106,7 @@ def _real_time(service: Service) -> Iterator[None]:
 def _apart(n: int, seed: int) -> Load:
     """GETs that do not meet."""
     random = np.random.default_rng(seed)
-    return Load(np.arange(n) * APART_NS + random.integers(0, APART_NS // 2, n), random.integers(0, rocksdb.ENTRIES, n))
+    return Load(np.arange(n) * APART_NS + random.integers(0, APART_JITTER_NS, n), random.integers(0, rocksdb.ENTRIES, n))
 
 
 def _service(service: Service, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -112,6 +118,23 @@ def _service(service: Service, seed: int) -> tuple[NDArray[np.int64], NDArray[np
     took = np.diff(served.done_ns[order])
     is_range = served.is_range[order][1:]
     return took[~is_range].astype(np.int64), took[is_range].astype(np.int64)
+
+
+def _interrupted(service: Service) -> float:
+    """What a GET of a higher priority in its midst adds to a RANGE, ns."""
+    half = len(service.pids) // 2
+    groups = np.array([[0, half], [half, len(service.pids) - half]], np.int64)
+    for pid in service.pids[:half]:
+        attributes.write(pid, Attributes("FIFO", priority=2))
+    medians = []
+    for wagons in (0, WAGONS):
+        starts = np.arange(TRAINS)[:, None] * TRAIN_NS
+        at_ns = np.concatenate([starts, starts + WAGON_NS * np.arange(1, wagons + 1)], axis=1)
+        keys = np.tile(np.arange(TRAINS)[:, None] * 1_000, 1 + wagons)
+        keys[:, 0] = -1 - keys[:, 0]
+        served = service.serve(Load(at_ns.reshape(-1), keys.reshape(-1)), groups)
+        medians.append(float(np.median((served.done_ns - served.sent_ns)[served.is_range])))
+    return (medians[1] - medians[0]) / WAGONS
 
 
 def _ping(here: int, there: int) -> float:

@@ -15,7 +15,6 @@ from waveos.bench.live_window import quantiles_us
 from waveos.ipu_emulator.profile import HostProfile, load_host
 from waveos.ipu_emulator.sched import RequestClass, Service, Setup, eevdf, simulate
 
-DURATION_NS = 5_000_000_000
 OVERLOAD = 1.3
 RANGE_SHARE = 0.005
 CLASSES = ("GET", "RANGE")
@@ -32,14 +31,14 @@ def host_profile(costs: Costs) -> HostProfile:
         switch_ns=round(costs.switch_ns),
         wake_ns=assumed.wake_ns,
         pick_ns=0,
-        ipi_wire_ns=round(costs.wake_ns),
-        interrupt_ns=0,
+        ipi_wire_ns=max(0, round(costs.wake_ns - costs.interrupt_ns)),
+        interrupt_ns=round(costs.interrupt_ns),
         tick_period_us=costs.tick_ns // 1_000,
         tick_ns=assumed.tick_ns,
     )
 
 
-def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int) -> Setup:
+def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int, seconds: float) -> Setup:
     """The kernel's default on this machine under this load."""
     services = [np.maximum(1, each - round(costs.switch_ns)) for each in (costs.get_ns, costs.range_ns)]
     shares = (1 - RANGE_SHARE, RANGE_SHARE)
@@ -55,16 +54,16 @@ def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int) -> Setup
         workers=1,
         threads=workers,
         seed=seed,
-        duration_ns=DURATION_NS,
-        warmup_ns=DURATION_NS // 10,
+        duration_ns=round(seconds * 1e9),
+        warmup_ns=round(seconds * 1e8),
         host=host_profile(costs),
-        samples=round(1.2 * rate_per_s * DURATION_NS * 1e-9),
+        samples=round(1.2 * rate_per_s * seconds),
     )
 
 
-def predict(costs: Costs, rate_per_s: float, workers: int, seed: int) -> dict[str, float]:
+def predict(costs: Costs, rate_per_s: float, workers: int, seed: int, seconds: float = 4.0) -> dict[str, float]:
     """Keys of a Window: throughput_per_s, get_p50_us, get_p99_us, range_p50_us, range_p99_us."""
-    result = simulate(setup_for(costs, rate_per_s, workers, seed))
+    result = simulate(setup_for(costs, rate_per_s, workers, seed, seconds))
     assert result.samples is not None
     times = _with_lateness(result.samples, costs, seed)
     get, ranges = (quantiles_us(times[result.samples["request_class"] == k]) for k in range(2))
@@ -83,4 +82,4 @@ def _with_lateness(samples: Any, costs: Costs, seed: int) -> Any:
 
 def saturation(costs: Costs, workers: int, seed: int) -> float:
     """What the emulated CPU gets done under a third too much load: the highest load at which it keeps up."""
-    return simulate(setup_for(costs, OVERLOAD * costs.capacity_per_s, workers, seed)).throughput_per_s
+    return simulate(setup_for(costs, OVERLOAD * costs.capacity_per_s, workers, seed, 1.0)).throughput_per_s

@@ -28,7 +28,7 @@ from waveos.host.service import Service
 
 PR_SET_PDEATHSIG = 1
 TUNED_SLICE_NS = 100_000
-START_S, STOP_S = 60.0, 10.0
+START_S, STOP_S = 180.0, 10.0
 """How long hostd and an agent that compiles its policy may take to come up, and hostd to go."""
 WAVE, KERNEL, TUNED = "wave", "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
 RANGE_SHARE_OF_WORKERS = 0.5
@@ -77,6 +77,11 @@ class Enclave:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        """hostd's."""
+        return self._process.pid
 
     def _attached(self) -> bool:
         try:

@@ -41,27 +41,35 @@ class Window:
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU time so far: of the workers, ns; of their CPU by its own clock, s."""
+    """CPU time so far: of the workers and of Wave's own, ns; of their CPU by its own clock, s."""
 
     workers_ns: int
     switches: int
     cpu_s: float
     stolen_s: float
+    own_ns: int = 0
 
 
-def read_usage(pids: Iterable[int], core: int) -> Usage:
-    """The usage of these processes (main threads) and of that CPU."""
+def read_usage(pids: Iterable[int], core: int, own: Iterable[int] = ()) -> Usage:
+    """The usage of the workers `pids` (main threads), of that CPU, and of Wave's own processes on it."""
+    ran, switches = _ran(pids)
+    own_ns, _ = _ran(own)
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *values = line.split()
+        if name == f"cpu{core}":
+            user, nice, system, _, _, irq, softirq, steal = (int(value) for value in values[:8])
+            return Usage(ran, switches, TICK_S * (user + nice + system + irq + softirq), TICK_S * steal, own_ns)
+    return Usage(ran, switches, 0.0, 0.0, own_ns)
+
+
+def _ran(pids: Iterable[int]) -> tuple[int, int]:
+    """ns on a CPU, and how often it was given one, summed."""
     ran = switches = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/schedstat").read_text().split()
             ran, switches = ran + int(fields[0]), switches + int(fields[2])
-    for line in Path("/proc/stat").read_text().splitlines():
-        name, *values = line.split()
-        if name == f"cpu{core}":
-            user, nice, system, _, _, irq, softirq, steal = (int(value) for value in values[:8])
-            return Usage(ran, switches, TICK_S * (user + nice + system + irq + softirq), TICK_S * steal)
-    return Usage(ran, switches, 0.0, 0.0)
+    return ran, switches
 
 
 def look_back(served: Served, before: Usage, after: Usage) -> Window:
@@ -91,7 +99,7 @@ def look_back(served: Served, before: Usage, after: Usage) -> Window:
         backlog_ns=float(end_ns - last) if done.all() else float("inf"),
         throttled_share=gaps_ns(served) / length_ns,
         busy_share=workers_s / wall_s,
-        foreign_share=max(0.0, (after.cpu_s - before.cpu_s - workers_s) / wall_s),
+        foreign_share=max(0.0, (after.cpu_s - before.cpu_s - workers_s - (after.own_ns - before.own_ns) * 1e-9) / wall_s),
         stolen_share=(after.stolen_s - before.stolen_s) / wall_s,
         switches=(after.switches - before.switches) / max(1, int(done.sum())),
     )

@@ -167,7 +167,7 @@ class Eevdf(Policy, subsystem=sched, name="eevdf"):
             self.delayed[msg.tid] = 1
 
     def cpu_idle(self, msg, txns):
-        while self.n[0]:
+        while self.n[0] and self.claimed[0] == 0:
             tid = pick(self, -1)
             if self.delayed[tid] == 0:
                 self.claimed[0] = 1

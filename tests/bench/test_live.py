@@ -1,0 +1,159 @@
+"""What the live benchmark makes of what it measured; the measuring itself is tried by `wave bench live`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from waveos.bench import live, live_prediction
+from waveos.bench.live_costs import Costs
+from waveos.bench.live_window import Usage, gaps_ns, look_back, quantiles_us, read_usage
+from waveos.errors import ConfigError
+from waveos.host.service import Served
+from waveos.ipu_emulator.sched import RequestClass, Service, Setup, eevdf, simulate
+
+IDLE = Usage(0, 0, 0.0, 0.0)
+MS = 1_000_000
+
+
+def served(intended: list[int], done: list[int], is_range: list[bool] | None = None, sent: list[int] | None = None) -> Served:
+    times = np.array(intended, np.int64)
+    return Served(np.array(is_range or [False] * len(intended)), times, times if sent is None else np.array(sent, np.int64), np.array(done, np.int64))
+
+
+def costs(**changes: object) -> Costs:
+    plain = Costs(np.array([7_000]), np.array([750_000]), np.array([9_000]), 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_latency_counts_from_when_a_request_was_to_be_sent() -> None:
+    n = 1_000
+    at = [10_000 * i for i in range(1, n + 1)]
+    window = look_back(served(at, [t + 50_000 for t in at], sent=[t + 20_000 for t in at]), IDLE, IDLE)
+    assert (window.get_p50_us, window.get_p99_us, window.late_p50_us) == (50.0, 50.0, 20.0)
+    assert window.backlog_ns == 50_000 and window.throughput_per_s == pytest.approx(window.offered_per_s, rel=0.01)
+
+
+def test_the_warm_up_is_not_counted_and_classes_are_kept_apart() -> None:
+    at = [MS * i for i in range(1, 101)]
+    done = [t + (900_000 if i < 10 else 5_000) for i, t in enumerate(at)]
+    kinds = [i % 2 == 1 for i in range(100)]
+    done = [d + 70_000 * kind for d, kind in zip(done, kinds, strict=True)]
+    window = look_back(served(at, done, kinds), IDLE, IDLE)
+    assert (window.get_p99_us, window.range_p50_us) == (5.0, 75.0)
+
+
+def test_what_was_never_done_is_infinitely_late() -> None:
+    window = look_back(served([MS, 2 * MS, 3 * MS], [MS + 1, 2 * MS + 1, 0]), IDLE, IDLE)
+    assert window.get_p99_us == float("inf") and window.backlog_ns == float("inf")
+
+
+def test_a_long_gap_counts_as_throttled_only_while_a_request_waits_at_a_worker() -> None:
+    waiting = served([1, MS, 2 * MS], [2, MS + 60 * MS, MS + 61 * MS])
+    idle = served([1, 60 * MS, 61 * MS], [2, 60 * MS + 5, 61 * MS + 5])
+    assert gaps_ns(idle) == 0
+    assert gaps_ns(served([1, 1, MS], [2, 60 * MS, 61 * MS])) == 60 * MS - 2
+    assert gaps_ns(waiting) == 0, "the core idled when the gap began"
+
+
+def test_shares_of_the_cpu_are_of_the_time_until_all_was_done() -> None:
+    at = [MS * i for i in range(1, 1_001)]
+    window = look_back(served(at, [t + MS for t in at]), Usage(0, 0, 5.0, 0.0), Usage(500 * MS, 1_100, 5.8, 0.1, 100 * MS))
+    assert window.busy_share == pytest.approx(0.5) and window.switches == pytest.approx(1.1)
+    assert window.foreign_share == pytest.approx(0.2) and window.stolen_share == pytest.approx(0.1)
+
+
+def test_usage_is_that_of_the_processes_and_the_cpu() -> None:
+    before = read_usage([os.getpid()], min(os.sched_getaffinity(0)))
+    while (after := read_usage([os.getpid()], min(os.sched_getaffinity(0)))).workers_ns == before.workers_ns:
+        pass
+    assert after.workers_ns > before.workers_ns > 0 and after.cpu_s >= before.cpu_s > 0
+
+
+def test_quantiles_of_nothing_are_not_numbers() -> None:
+    assert all(np.isnan(quantiles_us(np.array([]))))
+    assert quantiles_us(np.arange(1, 101) * 1_000) == (50.0, 100.0)
+
+
+def test_a_decision_is_the_sum_of_its_parts() -> None:
+    told = [{"report": {"event_ns": [[1_000, 99], [9_000, 1]], "decide_ns": [[200, 5]]}, "counters": {"enforced_ns": [[4_000, 7]]}}]
+    times = live.decision_times(told, seed=1)
+    assert (times["decision_event_p50_ns"], times["decision_decide_p50_ns"], times["decision_enforce_p99_ns"]) == (1_000, 200, 4_000)
+    assert times["decision_rtt_p50_ns"] == 5_200 and times["decision_rtt_p999_ns"] == 13_200
+    assert live.decision_times([{"report": None, "counters": {"enforced_ns": []}}], seed=1) == {}
+
+
+def test_the_verdict_says_who_won_and_when_the_machine_was_noisy() -> None:
+    metrics = {"kernel_get_p99_us": 900.0, "kernel_tuned_get_p99_us": 150.0, "wave_get_p99_us": 300.0}
+    metrics |= {"kernel_saturation_per_s": 80_000.0, "wave_saturation_per_s": 60_000.0}
+    quiet = {f"{name}_foreign_share": 0.01 for name in ("kernel", "kernel_tuned", "wave")}
+    assert "3.00x below the kernel's default, 0.50x below the tuned kernel (kernel_slice); saturation 0.75x" in live.conclude(
+        metrics | quiet, "kernel_slice"
+    )
+    assert "quiet" not in live.conclude(metrics | quiet, "kernel_slice")
+    assert "30%" in live.conclude(metrics | quiet | {"kernel_foreign_share": 0.3}, "kernel_slice")
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"workers": 1}, {"seconds": 0.01}, {"quantum_us": 0.0}])
+def test_options_that_cannot_be_are_refused_in_one_line(wrong: dict[str, float]) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU: the benchmark refuses for that reason first")
+    with pytest.raises(ConfigError, match="at least"):
+        live.run(**wrong)  # type: ignore[arg-type]
+
+
+# The emulator's part
+
+
+def test_an_idle_machine_is_predicted_from_the_costs_alone() -> None:
+    predicted = live_prediction.predict(costs(), 500.0, 16, seed=1)
+    expected_us = (9_000 + 10_000 + 7_000) / 1_000
+    assert predicted["get_p50_us"] == pytest.approx(expected_us, rel=0.05)
+    assert predicted["throughput_per_s"] == pytest.approx(500, rel=0.1)
+
+
+def test_saturation_is_what_the_cpu_can_do() -> None:
+    given = costs()
+    assert given.capacity_per_s == pytest.approx(1e9 / (0.995 * 7_000 + 0.005 * 750_000))
+    assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, 16, seed=1) <= given.capacity_per_s
+
+
+def run_eevdf(classes: tuple[RequestClass, ...], load_per_s: float, **more: object) -> object:
+    policy = f"{Path(eevdf.__file__)}:Eevdf"
+    plain = {"placement": "kernel", "workers": 1, "threads": 16, "host": "ideal", "duration_ns": 1_000 * MS, "samples": 200_000}
+    return simulate(Setup(policy=policy, params={"slice_us": 1_400, "tick_us": 4_000}, load_per_s=load_per_s, classes=classes, **(plain | more)))  # type: ignore[arg-type]
+
+
+def test_eevdf_serves_everybody_and_never_idles_while_somebody_waits() -> None:
+    short, long = (
+        RequestClass("short", Service("exponential", mean_ns=8_000), share=0.99),
+        RequestClass("long", Service(fixed_ns=600_000), share=0.01),
+    )
+    result = run_eevdf((short, long), 65_000.0)
+    assert sum(each.unfinished for each in result.classes.values()) == 0  # type: ignore[attr-defined]
+    offered = 65_000 * (0.99 * 8e-6 + 0.01 * 600e-6)
+    assert result.worker_busy_share * result.virtual_ns / 1e9 == pytest.approx(offered, rel=0.05)  # type: ignore[attr-defined]
+
+
+def test_eevdf_lets_short_work_pass_long_work() -> None:
+    short, long = RequestClass("short", Service(fixed_ns=8_000), share=0.99), RequestClass("long", Service(fixed_ns=800_000), share=0.01)
+    fair = run_eevdf((short, long), 30_000.0).classes["short"].p99_ns  # type: ignore[attr-defined]
+    first_come = simulate(
+        Setup("fifo", 30_000.0, (short, long), placement="kernel", workers=1, threads=16, host="ideal", duration_ns=1_000 * MS)
+    ).classes["short"].p99_ns  # fmt: skip
+    assert fair < 0.7 * first_come
+
+
+def test_equal_hogs_share_the_cpu_equally_under_eevdf() -> None:
+    """Two of 20 ms that arrive together end together; first come, first served would have them 20 ms apart."""
+    from waveos.ipu_emulator.sched.machine import REQUEST
+
+    arrivals = np.zeros(2, REQUEST)
+    arrivals["service_ns"] = 20 * MS
+    result = run_eevdf((RequestClass("hog", Service(fixed_ns=1)),), 0.0, arrivals=arrivals)
+    sojourns = np.sort(result.samples["sojourn_ns"])  # type: ignore[attr-defined]
+    assert sojourns[1] == pytest.approx(40 * MS, rel=0.01) and sojourns[0] > 33 * MS
