@@ -8,6 +8,7 @@ of the last enclave fails. What takes long (finding a host, compiling a policy) 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import signal
@@ -34,12 +35,13 @@ from waveos.sched.laws import failure, make_runtime
 from waveos.sched.records import KICKED, MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
-IDLE_S = 0.005
-"""Between two looks while no enclave is served."""
+IDLE_S = 0.05
+"""At most between two looks while no enclave is served."""
 TAPE_RECORDS = 16 * TAPE
 PATIENCE_S = 5.0
 SWITCH_S = 0.000_5
 """How long the compiling of another policy may keep the loop from going on."""
+_PR_SET_PDEATHSIG = 1
 RUNTIME_COUNTERS = ("waiting", "dropped", "restaged", "redelivered", "unserved")
 
 
@@ -61,9 +63,12 @@ class Orders:
 class Task(threading.Thread):
     """Something that takes long, beside the loop; it does not keep the process from ending."""
 
+    some_done = threading.Event()
+
     def __init__(self, work: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
         self._work = work
+        self.done = False
         self._result: Any = None
         self._error: BaseException | None = None
         self.start()
@@ -74,6 +79,8 @@ class Task(threading.Thread):
             self._result = self._work()
         except BaseException as error:
             self._error = error
+        self.done = True
+        Task.some_done.set()
 
     def result(self) -> Any:
         """What came of it. Raises what it raised."""
@@ -167,7 +174,7 @@ class Served:
 
     def step(self) -> None:
         """Go on with what is not the loop's. Raises WaveError when this enclave cannot be served any more."""
-        if self._task is not None and not self._task.is_alive():
+        if self._task is not None and self._task.done:
             done, self._task = self._task, None
             self._then(done.result())
         if self._link is None or self._runtime is None or self._row["serving"][0] == 0:
@@ -271,6 +278,8 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
     sys.setswitchinterval(SWITCH_S)
     _compile()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     rows = np.zeros(len(urls), ENCLAVE)
     served: list[Served] = []
     last: WaveError | None = None
@@ -282,7 +291,8 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                 status = serve(rows, idle_ns, clock_ns() + SLICE_NS)
             else:
                 status = None
-                threading.Event().wait(IDLE_S)
+                Task.some_done.wait(IDLE_S)
+                Task.some_done.clear()
             for each in list(served):
                 try:
                     if status == POLICY_FAILED and (error := each.failed()):
@@ -313,16 +323,27 @@ def _compile() -> None:
     serve(np.zeros(1, ENCLAVE), 0, 0)
 
 
-def begin_life(core: int | None, nice: int) -> None:
-    """Bind this process to a core, make it the one that waits when another wants that core, and let SIGTERM and SIGINT end it cleanly."""
+def begin_life(core: int | None, nice: int, parent: int | None = None) -> None:
+    """Bind this process to a core, make it the one that waits when another wants that core, and let SIGTERM and SIGINT end it cleanly.
+
+    With a `parent` it ends when that process does, however that ends.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+        signal.signal(number, _leave)
+    if parent is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise SystemExit(0)
     if core is not None:
         try:
             os.sched_setaffinity(0, {core})
         except OSError:
             raise ConfigError(f"--core {core}: this process may use the cores {sorted(os.sched_getaffinity(0))}") from None
     os.nice(nice)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    os._exit(0)  # nothing is begun, and a compiler is not to be interrupted by an exception
 
 
 def _end(_number: int, _frame: object) -> None:

@@ -12,20 +12,38 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from waveos.host.kin import boot_ticks, family, heirs
 from waveos.host.restore import Entry, Journal, kind
 from waveos.host.sched import attributes
 from waveos.process import command_of, start_time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
+_GIVEN = ("FIFO", "EXT")
+"""Policies that mechanisms give to threads."""
 
 
 def note_thread(journal: Journal, tid: int) -> int:
-    """Before a thread's policy, priority, nice value, slice or affinity is changed. Raises ProcessLookupError if it is gone."""
+    """Before a thread's policy, priority, nice value, slice or affinity is changed. Raises ProcessLookupError if it is gone.
+
+    A thread that was born after its parent, or another thread of its process, had been changed is to be as that one was: it has inherited.
+    """
     start, was, cpus = start_time(tid), attributes.read(tid), attributes.affinity(tid)
     if start is None:
         raise ProcessLookupError(tid)
-    return journal.note("thread", __name__, what=tid, start=start, was=was.facts(), cpus=cpus)
+    if (kin := _elder(journal, tid, start)) is not None:
+        was, cpus = attributes.Attributes(**kin["was"]), kin["cpus"]
+        if was.flags & attributes.RESET_ON_FORK:
+            was = attributes.Attributes(nice=max(0, was.nice) if was.policy in ("OTHER", "BATCH", "IDLE") else 0)
+    return journal.note("thread", __name__, what=tid, start=start, at=boot_ticks(), was=was.facts(), cpus=cpus)
+
+
+def _elder(journal: Journal, tid: int, start: int) -> Entry | None:
+    """What is noted of the thread's process or parent, if it is older than the thread."""
+    for pid in family(tid):
+        if pid != tid and (entry := journal.find("thread", pid)) is not None and entry["at"] <= start:
+            return entry
+    return None
 
 
 @kind("thread")
@@ -43,6 +61,35 @@ def _undo_thread(entry: Entry, dry_run: bool) -> str | None:
     except ProcessLookupError:
         return None
     return f"thread {tid} ({name}): {was}, CPUs {_ranges(entry['cpus'])}"
+
+
+def note_heirs(journal: Journal, pid: int, session: bool = False) -> int:
+    """Before the first change in a process: what it begets from now on inherits the change, and is put back although nobody lives to write it down.
+
+    With `session` all processes of its session count, also those whose parents have ended.
+    """
+    was, cpus, of = attributes.read(pid), attributes.affinity(pid), os.getsid(pid) if session else 0
+    return journal.note("heirs", __name__, what=pid, at=boot_ticks(), session=of, was=was.facts(), cpus=cpus)
+
+
+@kind("heirs")
+def _undo_heirs(entry: Entry, dry_run: bool) -> str | None:
+    was, cpus = attributes.Attributes(**entry["was"]), set(entry["cpus"])
+    found = []
+    for tid in heirs(entry["what"], entry["session"], entry["at"]):
+        with contextlib.suppress(ProcessLookupError):
+            now, bound = attributes.read(tid), set(attributes.affinity(tid))
+            if now.policy in _GIVEN and was.policy not in _GIVEN:
+                found.append(tid)
+                if not dry_run:
+                    attributes.write(tid, was)
+            if bound < cpus:
+                found.append(tid)
+                if not dry_run:
+                    attributes.set_affinity(tid, cpus)
+    if not found:
+        return None
+    return f"threads born of process {entry['what']} meanwhile ({', '.join(map(str, sorted(set(found))))}): {was}, CPUs {_ranges(sorted(cpus))}"
 
 
 def note_file(journal: Journal, path: str | os.PathLike[str]) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from waveos.errors import ConfigError
+from waveos.host.kin import family
 from waveos.process import command_of, start_time
 
 PROC = Path("/proc")
@@ -38,6 +39,10 @@ class Enclave:
 
     def threads(self) -> list[int]:
         """The threads that belong to it as of now."""
+        raise NotImplementedError
+
+    def elders(self) -> list[tuple[int, bool]]:
+        """The processes from which all others of it come, each with whether its whole session belongs to it."""
         raise NotImplementedError
 
     def over(self) -> bool:
@@ -67,6 +72,10 @@ class Processes(Enclave):
         """All threads of the processes."""
         return [tid for pid in self._starts if start_time(pid) == self._starts[pid] for tid in threads_of(pid)]
 
+    def elders(self) -> list[tuple[int, bool]]:
+        """The processes themselves."""
+        return [(pid, False) for pid in self._starts]
+
     def over(self) -> bool:
         """All processes have ended."""
         return all(start_time(pid) != start for pid, start in self._starts.items())
@@ -94,6 +103,10 @@ class Cgroup(Enclave):
                     break
         ours = set(threads_of(os.getpid()))
         return [tid for tid in found if tid not in ours and not is_kernel_thread(tid)]
+
+    def elders(self) -> list[tuple[int, bool]]:
+        """The processes in it."""
+        return [(pid, False) for pid in sorted({family(tid)[0] for tid in self.threads()} - {0})]
 
     def over(self) -> bool:
         """The cgroup was removed."""
@@ -131,6 +144,10 @@ class Command(Enclave):
     def threads(self) -> list[int]:
         """Threads of all processes of its session."""
         return [tid for pid in self._session() for tid in threads_of(pid)]
+
+    def elders(self) -> list[tuple[int, bool]]:
+        """The command, with its session."""
+        return [(self.process.pid, True)]
 
     def _session(self) -> list[int]:
         found = []

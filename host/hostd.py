@@ -19,7 +19,7 @@ from typing import Any
 
 from waveos.errors import ConfigError, WaveError
 from waveos.handover import Message
-from waveos.host import privilege
+from waveos.host import changes, privilege
 from waveos.host.doors import AgentDoor, Allowed, Client, ControlDoor
 from waveos.host.enclave import Cgroup, Command, Enclave, Processes, parse_cpus, show_cpus
 from waveos.host.poll import Poll
@@ -131,6 +131,9 @@ class Hostd:
 
     def _adopt_all(self) -> None:
         """Take all members in; threads that were born meanwhile as well. Raises ConfigError when one cannot be had."""
+        for pid, session in self.enclave.elders():
+            with contextlib.suppress(ProcessLookupError):
+                changes.note_heirs(self.journal, pid, session)
         for _ in range(100):
             fresh = [tid for tid in self.enclave.threads() if tid not in self._members]
             for tid in fresh:
@@ -202,7 +205,7 @@ class Hostd:
         """A child of ours that runs as the user it is told to, on its own core, as an ordinary process."""
         agent = self.settings.agent
         command = [sys.executable, "-P", "-m", "waveos.agents.agentd", f"shm://{self.agents.path}", "--nice", str(agent.nice)]
-        command += ["--idle-us", str(agent.idle_us)]
+        command += ["--idle-us", str(agent.idle_us), "--parent", str(os.getpid())]
         command += ["--core", str(agent.core)] if agent.core is not None else []
         command += ["--measure"] if agent.measure else []
         command += ["--record", str(agent.record)] if agent.record else []

@@ -61,6 +61,7 @@ class Journal:
         self.path = path_of(name, folder)
         self.recovered: list[str] = []
         self._open: dict[int, Entry] = {}
+        self._subjects: dict[tuple[str, Any], Entry] = {}
         self._settled = 0
         self._next = 1
         self._file = -1
@@ -88,12 +89,23 @@ class Journal:
         """Write down a change that is about to be made; its number. `by` is the module whose `@kind` function undoes it."""
         number, self._next = self._next, self._next + 1
         entry = self._open[number] = {"n": number, "kind": kind, "by": by, **facts}
+        self._subjects[kind, facts.get("what")] = entry
         self._append(entry)
         return number
 
+    def find(self, kind: str, what: Any) -> Entry | None:
+        """The newest entry about that subject that is not settled."""
+        entry = self._subjects.get((kind, what))
+        return entry if entry is not None and entry["n"] in self._open else None
+
     def settle(self, *numbers: int) -> None:
         """Nothing is left to put back of these: their subject is gone, or was put back otherwise."""
-        settled = [number for number in numbers if self._open.pop(number, None)]
+        gone = [self._open.pop(number) for number in numbers if number in self._open]
+        settled = [entry["n"] for entry in gone]
+        for entry in gone:
+            subject = entry["kind"], entry.get("what")
+            if self._subjects.get(subject) is entry:
+                del self._subjects[subject]
         if settled:
             self._settled += len(settled)
             self._append({"settled": settled})

@@ -44,6 +44,7 @@ class Simulated:
             os.ftruncate(fd, size)
             self.queues[name] = fd, size
             self._memory[name] = CoherentMemory(np.frombuffer(mmap.mmap(fd, size), np.int64))
+        self.bell = 2
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.events: list[int] = []
         self._up, self._down = (np.zeros(ring.OWN_WORDS, np.int64) for _ in range(2))

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from waveos.agents import agentd
 from waveos.cli import run
 from waveos.errors import ConfigError
 from waveos.handover import hear, tell
 from waveos.host import doors, restore
 from waveos.host.sched import attributes
+from waveos.policy import load_policy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hostd is root's")
 DEADLINE_S = 100.0
@@ -85,6 +87,14 @@ class World:
         for process in reversed(self.processes):
             process.kill()
             process.communicate()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """What the agents of these tests would compile while their hosts wait."""
+    agentd._compile()
+    for policy in ("fifo", "shinjuku"):
+        load_policy(policy).bind(n_cpus=1)
 
 
 @pytest.fixture

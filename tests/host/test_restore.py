@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,90 @@ def test_a_thread_that_was_given_a_dead_ones_number_is_left_alone(folder, sleepe
     assert journal.close() == []
     assert attributes.read(sleeper) == attributes.read(1) or attributes.read(sleeper).policy == "OTHER"
     assert attributes.read(sleeper).priority == 0
+
+
+FAMILY = """
+import os, sys, time, threading
+def beget():
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(1000)
+sys.stdin.readline()
+beget()
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+print(threading.enumerate()[-1].native_id, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def family():
+    """A process that begets a child and a thread when asked; (pid, ask) where ask() gives their numbers."""
+    process = subprocess.Popen([sys.executable, "-c", FAMILY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def ask() -> list[int]:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return [int(process.stdout.readline()) for _ in range(2)]
+
+    yield process.pid, ask
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@root
+def test_what_was_born_of_a_changed_thread_is_to_be_as_that_one_was(folder, family):
+    pid, ask = family
+    attributes.write(pid, Attributes("BATCH", nice=4))
+    before, cpus = attributes.read(pid), attributes.affinity(pid)
+    journal = Journal("a")
+    changes.note_thread(journal, pid)
+    attributes.write(pid, Attributes("FIFO", priority=7))
+    os.sched_setaffinity(pid, {0})
+    born = ask()
+    for tid in born:
+        changes.note_thread(journal, tid)
+    assert [attributes.read(tid).policy for tid in born] == ["FIFO", "FIFO"]
+    assert journal.close() == []
+    assert [attributes.read(tid) for tid in (pid, *born)] == [before] * 3
+    assert [attributes.affinity(tid) for tid in (pid, *born)] == [cpus] * 3
+
+
+@root
+@pytest.mark.parametrize("orphaned", [False, True])
+def test_what_was_born_while_nobody_watched_is_put_back_too(folder, family, orphaned):
+    pid, ask = family
+    before, cpus = attributes.read(pid), attributes.affinity(pid)
+    change = f"changes.note_heirs(journal, {pid}, {orphaned}); changes.note_thread(journal, {pid}); attributes.set_affinity({pid}, [0])"
+    dead_owner(folder, "k", change + f"; attributes.write({pid}, attributes.Attributes('FIFO', 5))")
+    born = ask()
+    assert [attributes.affinity(tid) for tid in born] == [[0], [0]]
+    if orphaned:
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: start_time(pid) is None)
+        born = born[:1] if start_time(born[1]) is None else born[1:]
+        assert start_time(born[0]) is not None
+    assert run(["restore"]) == 0
+    assert [attributes.affinity(tid) for tid in born] == [cpus] * len(born)
+    assert [attributes.read(tid) for tid in born] == [before] * len(born)
+
+
+@root
+def test_what_bound_itself_before_stays_bound(folder, family):
+    pid, ask = family
+    born = ask()
+    os.sched_setaffinity(born[0], {0})
+    dead_owner(folder, "k", f"import time; time.sleep(0.05); changes.note_heirs(journal, {pid})")
+    assert restore.restore() == ([], [])
+    assert attributes.affinity(born[0]) == [0]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @root

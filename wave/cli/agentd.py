@@ -36,6 +36,7 @@ def agentd(
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Write down all messages and decisions to this file.", show_default=False)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time each message and decision (some 50 ns each).")] = False,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process does, which started it.")] = None,
     replay: Annotated[bool, typer.Option("--replay", help="The stream is a recording that holds its own batch ends.")] = False,
 ) -> None:
     """Decide for the hosts at the other end of these links. It needs no privilege, and runs until it is stopped or its hosts are gone for good."""
@@ -51,7 +52,7 @@ def agentd(
         if policy is None and not url.startswith("shm:///"):
             raise ConfigError(f"{url}: name its policy, for example: wave agentd {url} fifo")
     daemon = import_module("waveos.agents.agentd")
-    daemon.begin_life(core, nice)
+    daemon.begin_life(core, nice, parent)
     orders = daemon.Orders(
         cpus=cpus,
         threads=threads,
