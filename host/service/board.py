@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -37,3 +38,9 @@ class Board:
     def requests(self) -> NDArray[np.void]:
         """[capacity] REQUEST."""
         return np.frombuffer(self.memory, REQUEST, self.capacity, 8 * self.workers * LINE_WORDS)
+
+    def close(self) -> None:
+        """Let go of the memory; what still looks at it keeps it."""
+        os.close(self.fd)
+        with contextlib.suppress(BufferError):
+            self.memory.close()

@@ -44,6 +44,11 @@ class Service:
         """Of the workers, by number."""
         return [int(pid) for pid in self.board.lines[:, PID]]
 
+    @property
+    def supervisor(self) -> int:
+        """The process whose children the workers are."""
+        return self._process.pid
+
     def serve(
         self, load: Load, groups: NDArray[np.int64] | None = None, *, patience_s: float = 2.0, heard: Callable[[], None] | None = None
     ) -> Served:
@@ -83,7 +88,7 @@ class Service:
         process.wait()
         for fd in self.wakes:
             os.close(int(fd))
-        os.close(self.board.fd)
+        self.board.close()
         self.wakes = self.wakes[:0]
 
     def _await(self, condition: Callable[[], bool], patience_s: float) -> None:

@@ -119,7 +119,7 @@ def test_an_idle_machine_is_predicted_from_the_costs_alone() -> None:
 def test_saturation_is_what_the_cpu_can_do() -> None:
     given = costs()
     assert given.capacity_per_s == pytest.approx(1e9 / (0.995 * 7_000 + 0.005 * 750_000))
-    assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, 16, seed=1) <= given.capacity_per_s
+    assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, 16, seed=1) < 1.02 * given.capacity_per_s
 
 
 def run_eevdf(classes: tuple[RequestClass, ...], load_per_s: float, **more: object) -> object:

@@ -94,8 +94,9 @@ def test_nothing_is_left_when_the_service_is_closed(folder: Path) -> None:
 
 def test_the_workers_go_with_a_supervisor_that_is_killed(folder: Path) -> None:
     with Service(folder, workers=2, core=CORE, capacity=10) as service:
+        pids = service.pids
         os.kill(service.supervisor, signal.SIGKILL)
-        assert wait_for(lambda: not any(map(alive, service.pids)))
+        assert wait_for(lambda: not any(map(alive, pids)))
         with pytest.raises(WaveError, match="workers have ended"):
             service.serve(draw_load(1_000, 10_000_000, 0, ENTRIES, rocksdb.RANGE_ENTRIES, seed=1))
 
