@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from waveos import memory
 from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.host.memory.advise import Advisor
 from waveos.host.memory.cgroup import MemoryCgroup
+from waveos.host.memory.faults import Faults
 from waveos.host.memory.mechanism import SEND_AT_ONCE, MemoryMechanism
 from waveos.host.restore import Journal
 from waveos.link import open_link
@@ -128,9 +130,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise ConfigError("managing other processes' memory takes root: run as root")
     with contextlib.ExitStack() as stack:
         journal = Journal(options.enclave)
-        stack.callback(lambda: [print(f"memory: {line}", file=sys.stderr) for line in journal.close()])
-        for line in journal.recovered:
-            print(f"memory: put back what a dead one left: {line}", file=sys.stderr)
+        stack.callback(lambda: _say_all(journal.close()))
+        _say_all(f"put back what a dead one left: {line}" for line in journal.recovered)
         mechanism = MemoryMechanism(
             MemoryCgroup(options.cgroup, journal),
             batch_kib=options.batch_kib,
@@ -138,7 +139,8 @@ def _serve(options: argparse.Namespace) -> int:
             quota_mib_per_s=options.quota_mib_per_s,
             stall_share=options.stall_share,
             advisor=Advisor,
-            say=lambda line: print(f"memory: {line}", file=sys.stderr, flush=True),
+            faults=_faults(),
+            say=_say,
         )
         stack.callback(mechanism.close)
         link: Any = open_link(options.url, side="host", subsystem=memory)
@@ -156,6 +158,24 @@ def _serve(options: argparse.Namespace) -> int:
         with contextlib.suppress(LinkError):
             daemon.run()
     return 0
+
+
+def _faults() -> Faults | None:
+    """The kernel's own count of faults, where it is to be had."""
+    try:
+        return Faults()
+    except WaveError as error:
+        _say(f"no BPF ({str(error).splitlines()[0]}): what comes back from swap is seen at the next pass")
+        return None
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    print(f"memory: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Sensor: `clear_refs` and the referenced bytes of each mapping in `smaps`. The kernel clears the bits of a whole process at once and has one count a mapping,
 so a server that wants to be managed splits its arena into mappings of one batch each; a run of such mappings is a region. A pass costs a walk over all
-pages, so there is at most one in `pass_ms`, and what was touched is kept for the batches that nobody has asked about. A batch that was reclaimed and is
-referenced has come back. Actuator: `process_madvise`, and the cgroup's limit.
+pages, so there is at most one in `pass_ms`, and what was touched is kept for the batches that nobody has asked about. A batch that was reclaimed and faults
+(`faults`, where BPF is to be had), or is referenced, has come back. Actuator: `process_madvise`, and the cgroup's limit.
 
 Links and processes are given to it: nothing here needs numba, and a made-up /proc does for tests.
 """
@@ -25,6 +25,7 @@ from waveos.outcome import Outcome
 from waveos.record import VERSION
 
 PRESSURE_MS = 1_000
+FAULTS_MS = 300
 LEAST_SWAP_KIB = 64 << 10
 """Below this much room in swap nothing is reclaimed: the kernel needs some itself."""
 SEND_AT_ONCE = 1_024
@@ -76,12 +77,13 @@ class MemoryMechanism:
         stall_share: float = 0.0,
         root: Path = ROOT,
         advisor: Callable[[int], Advises],
+        faults: Any = None,
         say: Callable[[str], None] = print,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.cgroup, self.batch_bytes, self.pass_ns = cgroup, batch_kib << 10, int(pass_ms * 1e6)
         self.quota_mib_per_s, self.stall_share = quota_mib_per_s, stall_share
-        self.root, self._advisor_of, self._say, self._clock_ns = root, advisor, say, clock_ns
+        self.root, self._advisor_of, self._faults, self._say, self._clock_ns = root, advisor, faults, say, clock_ns
         self.processes: dict[int, Process] = {}
         self.advisors: dict[int, Advises] = {}
         self.regions: dict[int, Region] = {}
@@ -89,7 +91,7 @@ class MemoryMechanism:
         self.passes, self.spent_ns = 0, {"scan": 0, "act": 0}
         self.advised_kib = {"pageout": 0, "willneed": 0}
         self._next = 0
-        self._passed_ns = self._pressed_ns = 0
+        self._passed_ns = self._pressed_ns = self._faulted_ns = 0
         self._stall_us = stall_us(root)
         self._out: list[Any] = []
         self._told: set[str] = set()
@@ -123,6 +125,10 @@ class MemoryMechanism:
             begin_ns = time.thread_time_ns()
             self._pass()
             self.spent_ns["scan"] += time.thread_time_ns() - begin_ns
+        if self._faults is not None and now_ns - self._faulted_ns >= FAULTS_MS * 1_000_000:
+            self._faulted_ns = now_ns
+            for region in self.regions.values():
+                self._look_at_faults(region)
         if now_ns - self._pressed_ns >= PRESSURE_MS * 1_000_000:
             self._pressed_ns = now_ns
             self._press()
@@ -188,6 +194,8 @@ class MemoryMechanism:
         region.seq += 1
         self._out.append(self._message(Message.REGION_UNMAPPED, region.number, region.seq))
         del self.regions[region.number]
+        if self._faults is not None:
+            self._faults.forget(region.number)
 
     def _follow(self, process: Process, mappings: Mappings) -> None:
         """Match regions with what is mapped now; take over what was counted."""
@@ -202,6 +210,8 @@ class MemoryMechanism:
                 region = Region(self._next, process, start, count, self.batch_bytes)
                 self._next += 1
                 self.regions[region.number] = region
+                if self._faults is not None:
+                    self._faults.watch(region.number, process.pid, start, count, self.batch_bytes)
                 self._introduce(region)
             self._count(region, mappings, slice(first, first + count))
 
@@ -213,14 +223,22 @@ class MemoryMechanism:
         back = region.reclaimed[:n] & touched
         region.rss[:n], region.touched[:n] = mappings.rss[rows], region.touched[:n] | touched
         if back.any():
-            batches = np.flatnonzero(back)
-            came_kib = int(np.maximum(0, region.swap[batches] - swap[batches]).sum())
-            region.change(batches)
-            region.reclaimed[batches] = False
-            told = self._named(Message.REFAULTED, region, back)
-            told["count"] = came_kib // 4 // len(told)
-            self._out.append(told)
+            self._came_back(region, back, int(np.maximum(0, region.swap[:n] - swap)[back].sum()) // 4)
         region.swap[:n] = swap
+
+    def _look_at_faults(self, region: Region) -> None:
+        """What has come back by the kernel's own account: sooner than a pass sees it."""
+        came = self._faults.take(region.number)
+        if came is not None and (back := (came > 0) & region.reclaimed[: region.count]).any():
+            self._came_back(region, back, int(came[back].sum()))
+
+    def _came_back(self, region: Region, back: Any, pages: int) -> None:
+        """These were reclaimed and have been touched."""
+        region.change(np.flatnonzero(back))
+        region.reclaimed[: region.count] &= ~back
+        told = self._named(Message.REFAULTED, region, back)
+        told["count"] = pages // len(told)
+        self._out.append(told)
 
     def _tell(self, region: Region) -> None:
         """Access bits of the batches that were asked about."""
@@ -329,6 +347,8 @@ class MemoryMechanism:
         for advisor in self.advisors.values():
             advisor.close()
         self.advisors.clear()
+        if self._faults is not None:
+            self._faults.close()
 
     # Records.
 

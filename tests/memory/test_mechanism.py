@@ -167,6 +167,45 @@ def test_a_cold_batch_is_paged_out_and_its_return_is_told(host):
     assert len(of(host.pass_by(), Message.REFAULTED)) == 0
 
 
+class Counted:
+    """A stand-in for the kernel's count of faults."""
+
+    def __init__(self):
+        self.came, self.watched = np.zeros(130, int), []
+
+    def watch(self, region, tgid, start, batches, batch_bytes):
+        self.watched.append((region, tgid, start, batches, batch_bytes))
+        return True
+
+    def forget(self, region):
+        self.watched = [each for each in self.watched if each[0] != region]
+
+    def take(self, region):
+        came, self.came = self.came, np.zeros(130, int)
+        return came
+
+    def close(self):
+        self.watched = []
+
+
+def test_a_fault_in_a_reclaimed_batch_is_told_before_the_next_pass_and_others_are_not(tmp_path):
+    host, counted = Host(tmp_path), Counted()
+    host.mechanism = host.new_mechanism(faults=counted)
+    host.pass_by()
+    host.mechanism.pass_ns = 10**12
+    assert counted.watched == [(0, PID, host.start, 130, BATCH)]
+    host.order(Decision.RECLAIM, first=64, batches=0b1)
+    counted.came[[3, 64]] = 7
+    host.now_ns += 300 * MS
+    told = of(host.pass_by(), Message.REFAULTED)
+    assert told["first"].tolist() == [64]
+    assert told["batches"].tolist() == [0b1]
+    assert told["count"].tolist() == [7]
+    host.mechanism.close()
+    assert counted.watched == []
+    host.journal.close()
+
+
 def test_a_decision_made_before_one_of_its_batches_came_back_is_stale_and_nothing_of_it_is_done(host):
     seq = int(of(host.pass_by(), Message.REGION_MAPPED)["seq"][0])
     host.order(Decision.RECLAIM, batches=0b1)
