@@ -32,8 +32,9 @@ from waveos.host.memory.zram import Zram
 from waveos.host.restore import Journal
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
+ATTACH_S = 90.0
 SETTLE_S = 36.0
-"""Not counted: the agent starts, and the policy learns."""
+"""After the agent has come, not counted: the policy learns what is hot."""
 BATCH_KIB = 2_048
 PASS_MS = 2_400.0
 MOVE_S = 60.0
@@ -106,27 +107,36 @@ class Live:
                     stack.enter_context(_oracle(process.pid, self.base_s))
                 elif policy != "nothing":
                     daemon = stack.enter_context(self._daemon(policy, link, cores[-1], status, params or {}))
+                self._await_agent(status, lines, daemon is not None)
+                self._watch(process.pid, lines, SETTLE_S)
                 begin = _cpu_s(process.pid)
                 after = self._watch(process.pid, lines, self.count_s)
                 agent_cpu_s = _children_cpu_s(daemon) if daemon is not None else 0.0
                 told = json.loads(status.read_text()) if status.exists() else {}
         full_kib = max(row["rss_kib"] for row in before)
-        kept = [row for row in after if row["s"] >= self.base_s + SETTLE_S]
-        return {
+                return {
             "policy": policy,
             "scrambled": scrambled,
             "link": link,
-            "saved_share": 1 - fmean(row["rss_kib"] + row["zram_kib"] for row in kept) / full_kib,
-            "saved_usage_share": 1 - fmean(row["usage_kib"] + row["zram_kib"] for row in kept) / max(row["usage_kib"] for row in before),
-            "throughput_ratio": _rate(kept, "cpu_s") / _rate(before[2:], "cpu_s"),
-            "wall_throughput_ratio": _rate(kept, "wall_s") / _rate(before[2:], "wall_s"),
-            "get_p99_ratio": fmean(row["p99_us"] for row in kept) / fmean(row["p99_us"] for row in before[2:]),
-            "gets_per_s": fmean(row["gets_per_s"] for row in kept),
+            "saved_share": 1 - fmean(row["rss_kib"] + row["zram_kib"] for row in after) / full_kib,
+            "saved_usage_share": 1 - fmean(row["usage_kib"] + row["zram_kib"] for row in after) / max(row["usage_kib"] for row in before),
+            "throughput_ratio": _rate(after, "cpu_s") / _rate(before[2:], "cpu_s"),
+            "wall_throughput_ratio": _rate(after, "wall_s") / _rate(before[2:], "wall_s"),
+            "get_p99_ratio": fmean(row["p99_us"] for row in after) / fmean(row["p99_us"] for row in before[2:]),
+            "gets_per_s": fmean(row["gets_per_s"] for row in after),
             "database_cpu_s": _cpu_s(process.pid) - begin if process.poll() is None else 0.0,
             "agent_cpu_s": agent_cpu_s,
             "status": told,
             "series": [*before, *after],
         }
+
+    def _await_agent(self, status: Path, lines: Any, wanted: bool) -> None:
+        """Until the mechanism says that its agent has come. Raises MissingError after ATTACH_S."""
+        end = time.monotonic() + ATTACH_S
+        while wanted and not (status.exists() and json.loads(status.read_text())["agent"]):
+            lines.readline()
+            if time.monotonic() >= end:
+                raise MissingError(f"no agent came within {ATTACH_S:g} s; its own messages say why")
 
     @contextlib.contextmanager
     def _database(self, scrambled: bool, core: int) -> Iterator[tuple[Any, Any]]:
