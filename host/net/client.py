@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from waveos.host.net.forwarder import CLASS_AT, HEADERS_BYTES, RPC_AT, STATUS_AT, UDP_AT
+from waveos.host.net.forwarder import CLASS_AT, HEADERS_BYTES, RPC_AT, STATUS_AT, UDP_AT, WORK_AT
 from waveos.host.net.topology import Network, inside
 from waveos.host.xsk import PACKET, Port
 from waveos.host.xsk.generator import udp_packet
-from waveos.host.xsk.rings import complete, fill, give_back, load8, load64, receive, send, store8, store16, store64, take, wake
+from waveos.host.xsk.rings import complete, fill, give_back, load8, load32, load64, receive, send, store8, store16, store64, take, wake
 from waveos.jit import jit, store_word
 from waveos.net.records import REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION
 from waveos.primitives import clock_ns, pause
@@ -33,6 +33,7 @@ PLAN = np.dtype(
         ("request_class", "u1"),
         ("status", "u1"),
         ("worker", "i4"),
+        ("work_ns", "i8"),  # what the worker says that it took
     ],
     align=True,
 )
@@ -94,6 +95,7 @@ def drive(xsk: Any, frames: Any, packets: Any, template: Any, plan: Any, first: 
             number = load64(at + ID_AT)
             if packets[k].length >= HEADERS_BYTES and load8(at + KIND_AT) == REPLY and 0 <= number < n and plan[number].done_ns == 0:
                 plan[number].done_ns, plan[number].status, plan[number].worker = now, load8(at + STATUS_AT), load8(at + WORKER_AT)
+                plan[number].work_ns = load32(at + WORK_AT)
             give_back(stack, packets[k].at)
         if got == 0 and count == 0:
             pause()

@@ -69,7 +69,7 @@ def up(name: str, *, queues: int = 1) -> Network:
     return _make(name, queues)[0]
 
 
-def _make(name: str, queues: int) -> tuple[Network, Journal]:
+def _make(name: str, queues: int, direct: bool = False) -> tuple[Network, Journal]:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{name!r} cannot name a network: letters, digits, '.', '_' and '-', at most 41, the first a letter or digit")
     NetNS = _pyroute2().NetNS
@@ -81,25 +81,18 @@ def _make(name: str, queues: int) -> tuple[Network, Journal]:
     journal = Journal(_journal(name))
     try:
         for room in ROOMS:
-            journal.note("network namespace", __name__, what=f"{name}-{room}")
-            NetNS(f"{name}-{room}").close()
-        with NetNS(f"{name}-ipu") as ipu:
-            for room in ("client", "host"):
-                extra = {"num_tx_queues": queues, "num_rx_queues": queues}
-                peer = {"ifname": "eth0", "net_ns_fd": f"{name}-{room}", **extra}
-                ipu.link("add", ifname=room, kind="veth", peer=peer, **extra)
-            ipu.link("add", ifname="bridge", kind="bridge")
-            bridge = ipu.link_lookup(ifname="bridge")[0]
-            for interface in ("client", "host"):
-                ipu.link("set", index=ipu.link_lookup(ifname=interface)[0], master=bridge, state="up")
-            ipu.link("set", index=bridge, state="up")
+            if room != "ipu" or not direct:
+                journal.note("network namespace", __name__, what=f"{name}-{room}")
+                NetNS(f"{name}-{room}").close()
+        if direct:
+            with NetNS(f"{name}-client") as ns:
+                ns.link("add", ifname="eth0", kind="veth", peer={"ifname": "eth0", "net_ns_fd": f"{name}-host"})
+        else:
+            _join_through_ipu(NetNS, name, queues)
         client = _end(NetNS, f"{name}-client", CLIENT_ADDRESS)
         host = _end(NetNS, f"{name}-host", HOST_ADDRESS)
         _introduce(NetNS, client, host)
         _introduce(NetNS, host, client)
-        with inside(f"{name}-ipu"):
-            for interface in ("client", "host"):
-                set_offloads(interface)
     except BaseException:
         journal.close()
         raise
@@ -133,9 +126,9 @@ def names() -> list[str]:
 
 
 @contextlib.contextmanager
-def network(name: str, *, queues: int = 1) -> Iterator[Network]:
-    """A network for the time of a `with`; after a crash `wave net down` or `wave restore` removes it."""
-    made, journal = _make(name, queues)
+def network(name: str, *, queues: int = 1, direct: bool = False) -> Iterator[Network]:
+    """A network for the time of a `with`; after a crash `wave net down` or `wave restore` removes it. `direct`: without the IPU in between."""
+    made, journal = _make(name, queues, direct)
     try:
         yield made
     finally:
@@ -171,6 +164,22 @@ def set_offloads(interface: str) -> None:
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
+
+
+def _join_through_ipu(NetNS: Any, name: str, queues: int) -> None:
+    with NetNS(f"{name}-ipu") as ipu:
+        for room in ("client", "host"):
+            extra = {"num_tx_queues": queues, "num_rx_queues": queues}
+            peer = {"ifname": "eth0", "net_ns_fd": f"{name}-{room}", **extra}
+            ipu.link("add", ifname=room, kind="veth", peer=peer, **extra)
+        ipu.link("add", ifname="bridge", kind="bridge")
+        bridge = ipu.link_lookup(ifname="bridge")[0]
+        for interface in ("client", "host"):
+            ipu.link("set", index=ipu.link_lookup(ifname=interface)[0], master=bridge, state="up")
+        ipu.link("set", index=bridge, state="up")
+    with inside(f"{name}-ipu"):
+        for interface in ("client", "host"):
+            set_offloads(interface)
 
 
 def _end(NetNS: Any, namespace: str, address: str) -> Side:

@@ -15,7 +15,9 @@ from waveos.primitives import clock_ns, pause
 HEADERS_BYTES = 42
 """Ethernet, IPv4 without options, UDP."""
 STAMP_AT = 50  # in the packet: eight bytes of number, then eight of time
-TALLY = np.dtype([("sent", "i8"), ("back", "i8"), ("timed", "i8"), ("next_ns", "i8")])
+TALLY = np.dtype([("sent", "i8"), ("back", "i8"), ("lost", "i8"), ("timed", "i8"), ("next_ns", "i8"), ("heard_ns", "i8")])
+LOST_NS = 20_000_000
+"""So long without an answer, what is under way counts as lost and makes room in the window."""
 BATCH = 64
 
 
@@ -45,12 +47,12 @@ def generate(
     words, length = template.shape[0] // 8, template.shape[0]
     now = clock_ns()
     if tally.next_ns == 0:
-        tally.next_ns = now
+        tally.next_ns = tally.heard_ns = now
     while now < until_ns:
         store_word(heartbeat_at, now)
         complete(xsk, frames)
         n = 0
-        while n < BATCH and tally.sent + n - tally.back < window and (gap_ns == 0 or tally.next_ns <= now):
+        while n < BATCH and tally.sent + n - tally.back - tally.lost < window and (gap_ns == 0 or tally.next_ns <= now):
             frame = take(frames)
             if frame < 0:
                 break
@@ -76,6 +78,10 @@ def generate(
                 tally.timed += 1
             give_back(frames, packets[i].at)
         tally.back += got
+        if got:
+            tally.heard_ns = now
+        elif now - tally.heard_ns > LOST_NS:
+            tally.lost, tally.heard_ns = max(tally.lost, tally.sent - tally.back), now
         fill(xsk, frames)
         if n == 0 and got == 0:
             pause()

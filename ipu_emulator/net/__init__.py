@@ -67,6 +67,7 @@ class Outcome:
     counted: int
     shed: int
     dropped: int
+    mean_us: float
     stack_cores_busy: float
     agent_cores_busy: float
     workers_busy: float
@@ -116,7 +117,7 @@ def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup
     m = machine[0]
     span_ns = max(1, int(m["now_ns"] - m["began_ns"]))
     busy = (float(m[name]) / span_ns for name in ("stack_busy_ns", "agent_busy_ns", "worker_busy_ns"))
-    return Outcome(m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), *busy)
+    return Outcome(m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3, *busy)
 
 
 def throughput_at(

@@ -71,7 +71,6 @@ MACHINE = np.dtype(
         ("arrived", "i8"),
         ("dropped", "i8"),  # more under way than there are slots
         ("shed", "i8"),
-        ("late", "i8"),  # counted, and after their SLO
         ("stack_busy_ns", "i8"),
         ("agent_busy_ns", "i8"),
         ("worker_busy_ns", "i8"),
@@ -88,6 +87,8 @@ MACHINE = np.dtype(
         ("down", DOWN, (RING,)),
         ("free", "i4", (MAX_REQUESTS,)),
         ("request", REQUEST, (MAX_REQUESTS,)),
+        ("total_ns", "i8"),  # latencies of all that were answered, for the exact mean
+        ("answered", "i8"),
         ("latency", "i8", (CLASSES, BINS)),
     ],
     align=True,
@@ -152,6 +153,8 @@ def _leave_stack(m: Any, clock: Any, request: int) -> None:
         return
     if r.kept:
         count_ns(m.latency[r.request_class], m.now_ns - r.arrived_ns)
+        m.total_ns += m.now_ns - r.arrived_ns
+        m.answered += 1
         m.counted += 1
     _free(m, request)
 
