@@ -114,7 +114,7 @@ class Live:
                 agent_cpu_s = _children_cpu_s(daemon) if daemon is not None else 0.0
                 told = json.loads(status.read_text()) if status.exists() else {}
         full_kib = max(row["rss_kib"] for row in before)
-                return {
+        return {
             "policy": policy,
             "scrambled": scrambled,
             "link": link,
