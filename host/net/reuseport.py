@@ -1,7 +1,7 @@
 """Steering by the kernel itself: sockets that share a port, and a table, set by decisions, that says which of them a flow's packets go to.
 
-A datagram is steered each by itself; a TCP connection when it is opened, with all that comes over it. So gRPC is steered per connection: a client that keeps one
-connection keeps one worker, whatever it asks.
+A datagram is steered each by itself; a TCP connection when it is opened, with all that comes over it. So gRPC is steered per connection: a client that
+keeps one connection keeps one worker, whatever it asks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class ReuseportTable:
         self._workers: set[int] = set()
 
     def join(self, sock: socket.socket, worker: int) -> None:
-        """Make a socket (SO_REUSEPORT, bound; for TCP: listening) the worker's. Raises ConfigError if the number cannot be one or the socket cannot take part."""
+        """Make a socket (SO_REUSEPORT, bound; for TCP: listening) the worker's. Raises ConfigError if the number cannot be one, or the socket cannot
+        take part.
+        """
         if not 0 <= worker < MAX_WORKERS:
             raise ConfigError(f"worker {worker} of 0..{MAX_WORKERS - 1}")
         try:

@@ -23,7 +23,7 @@ class Port:
 
     def __init__(self, umem: Umem, xsk: XskSocket, control_fd: int, redirect: Redirect | None = None, share: Port | None = None) -> None:
         self.umem, self.xsk, self.redirect = umem, xsk, redirect
-        self.frames = Frames(umem) if share is None else share.frames
+        self.frames: Frames = Frames(umem) if share is None else share.frames
         self._own = share is None
         self._control_fd = control_fd
         self.control = map_control(control_fd)
@@ -41,7 +41,7 @@ class Port:
                 undo.callback(umem.close)
             else:
                 umem = share.umem
-            xsk = XskSocket.open(interface, queue=queue, umem=umem, ring_size=ring_size, shares=share and share.xsk)
+            xsk = XskSocket.open(interface, queue=queue, umem=umem, ring_size=ring_size, shares=share.xsk if share else None)
             undo.callback(xsk.close)
             redirect = Redirect(interface, port=port, from_client=from_client)
             undo.callback(redirect.close)

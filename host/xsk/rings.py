@@ -97,7 +97,7 @@ def _there(ring: Any, n: int) -> Any:
 @jit
 def room(xsk: Any) -> int:
     """1 if the TX ring takes another packet, else 0."""
-    return _room(xsk.tx, 1)  # type: ignore[no-any-return]
+    return _room(xsk.tx, 1)
 
 
 @jit
@@ -112,7 +112,7 @@ def receive(xsk: Any, packets: Any, n: int) -> int:
     if got:
         ring.next = (ring.next + got) & LOW
         _release(ring.consumer_at, ring.next)
-    return got  # type: ignore[no-any-return]
+    return got
 
 
 @jit
@@ -127,7 +127,7 @@ def send(xsk: Any, packets: Any, first: int, n: int) -> int:
     if fit:
         ring.next = (ring.next + fit) & LOW
         _release(ring.producer_at, ring.next)
-    return fit  # type: ignore[no-any-return]
+    return fit
 
 
 @jit
@@ -141,7 +141,7 @@ def complete(xsk: Any, frames: Any) -> int:
         frames.n += got
         ring.next = (ring.next + got) & LOW
         _release(ring.consumer_at, ring.next)
-    return got  # type: ignore[no-any-return]
+    return got
 
 
 @jit
@@ -155,7 +155,7 @@ def fill(xsk: Any, frames: Any) -> int:
     if fit:
         ring.next = (ring.next + fit) & LOW
         _release(ring.producer_at, ring.next)
-    return fit  # type: ignore[no-any-return]
+    return fit
 
 
 @jit
@@ -171,7 +171,7 @@ def take(frames: Any) -> int:
     if frames.n == 0:
         return -1
     frames.n -= 1
-    return load64(frames.free_at + 8 * frames.n)  # type: ignore[no-any-return]
+    return load64(frames.free_at + 8 * frames.n)
 
 
 @jit

@@ -19,7 +19,7 @@ from waveos.ipu_emulator.arrivals import EXPONENTIAL, FIXED, HYPEREXPONENTIAL, R
 from waveos.ipu_emulator.clock import CLOCK, reset_clock, set_due
 from waveos.ipu_emulator.net import engine
 from waveos.net.laws import failure, make_runtime
-from waveos.net.records import MAX_REQUESTS, MESSAGE
+from waveos.net.records import MAX_REQUESTS, MAX_WORKERS, MESSAGE
 from waveos.policy import load_policy
 
 EVENTS_A_SLICE = 200_000
@@ -80,10 +80,8 @@ class Outcome:
 
 def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup: float = 0.1, seed: int = 1) -> Outcome:
     """Run until so many requests are counted, after a warm-up of that share. Raises PolicyError if the policy fails, ConfigError for a setup that cannot be."""
-    if not 1 <= setup.workers <= engine.MAX_WORKERS or not 0 <= setup.stack_cores <= engine.MAX_STACK_CORES or rate_per_s <= 0:
-        raise ConfigError(
-            f"{setup.workers} workers (1..{engine.MAX_WORKERS}), {setup.stack_cores} stack cores, {rate_per_s} requests/s: not possible"
-        )
+    if not 1 <= setup.workers <= MAX_WORKERS or not 0 <= setup.stack_cores <= engine.MAX_STACK_CORES or rate_per_s <= 0:
+        raise ConfigError(f"{setup.workers} workers (1..{MAX_WORKERS}), {setup.stack_cores} stack cores, {rate_per_s} requests/s: not possible")
     classes, samples = _class_records(setup.classes)
     bound = load_policy(setup.policy).bind(n_cpus=setup.workers, params=setup.params)
     runtime = make_runtime(bound, workers=setup.workers)
@@ -117,7 +115,9 @@ def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup
     m = machine[0]
     span_ns = max(1, int(m["now_ns"] - m["began_ns"]))
     busy = (float(m[name]) / span_ns for name in ("stack_busy_ns", "agent_busy_ns", "worker_busy_ns"))
-    return Outcome(m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3, *busy)
+    return Outcome(
+        m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3, *busy
+    )
 
 
 def throughput_at(
