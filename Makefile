@@ -1,14 +1,16 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup bpf demo test lint docs clean
+.PHONY: help setup bpf demo test test-vm lint docs clean
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
 BIN := .venv/bin
 LOG := build/lint.log
+GUESTS = 6.17,7.2
+GUEST_TESTS = tests/vm/guest tests/host/sched -k 'vm or sched_ext'
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: ## .venv with Wave and all it needs; PYTHON=... names the Python to make it with
 	@.ci/setup
@@ -35,6 +37,9 @@ demo: setup ## a real RocksDB measured here, and what moving its scheduling to a
 
 test: setup ## the tests; TEST_FLAGS="-m 'not slow'" for the quick ones
 	@$(BIN)/pytest $(TEST_FLAGS)
+
+test-vm: setup ## tests of sched_ext in guests with other kernels (Debian's, some 350 MB the first time); TEST_FLAGS as above
+	@$(BIN)/pytest $(GUEST_TESTS) --guests=$(GUESTS) $(TEST_FLAGS)
 
 lint: setup ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check --quiet .

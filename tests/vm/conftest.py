@@ -1,8 +1,8 @@
-"""Tests in guest kernels: `pytest tests/vm/guest --guests=6.17,7.2`, which is what `make test-vm` says.
+"""Tests in guest kernels: `pytest tests/vm/guest tests/host/sched -k 'vm or sched_ext' --guests=6.17,7.2`, which is what `make test-vm` says.
 
-Outside, with `--guests`, each test of the folder guest/ stands for one run of it in each kernel: the first of a kernel boots it and runs them all in there,
-then each reports what became of it, as if it had run here. Without the option they are skipped, with the reason. Inside, `--reports-to` writes each
-report to a file line by line, so that a guest that dies half way still tells how far it came.
+Outside, with `--guests`, each test that was chosen stands for one run of it in each kernel: the first of a kernel boots it and runs them all in there,
+then each reports what became of it, as if it had run here. Without the option those of the folder guest/ are skipped, with the reason. Inside,
+`--reports-to` writes each report to a file line by line, so that a guest that dies half way still tells how far it came.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-GUEST = HERE / "guest"
 TIMEOUT_S = 900
 sys.path.insert(0, str(HERE))  # tests are imported by their path, so what lies beside them has to be told where it is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--guests", metavar="SERIES,...", help="run the tests of tests/vm/guest in guests with these kernels (6.17,7.2)")
+    parser.addoption("--guests", metavar="SERIES,...", help="run the chosen tests in guests with these kernels (6.17,7.2), not here")
     parser.addoption("--reports-to", metavar="FILE", help="in a guest: where the reports go")
 
 
+@pytest.hookimpl(trylast=True)  # when -k has chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    inside = config.getoption("--reports-to", None)
-    ours = [item for item in items if item.path.is_relative_to(GUEST)]
-    if inside or not ours:
+    if config.getoption("--reports-to", None):
         return
-    if not (series := config.getoption("--guests", None)):
-        for item in ours:
+    if series := config.getoption("--guests", None):
+        runs = [Run(each, [item.nodeid for item in items], config) for each in series.split(",")]
+        items[:] = [
+            InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in items
+        ]
+        return
+    for item in items:
+        if item.path.is_relative_to(HERE / "guest"):
             item.add_marker(pytest.mark.skip(reason="wants a guest kernel with sched_ext: make test-vm"))
-        return
-    others = [item for item in items if item not in ours]
-    runs = [Run(each, [item.nodeid for item in ours], config) for each in series.split(",")]
-    items[:] = others + [
-        InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in ours
-    ]
 
 
 # ── outside ──
@@ -64,7 +62,8 @@ class Run:
         found = self._reports[test]
         if found and found[-1].when == "teardown":
             return found
-        return [pytest.TestReport(test, ("", None, ""), {}, "failed", f"the guest told nothing of this test: {self._ended}", "call")]
+        why, self._ended = self._ended, "as said of the first"
+        return [pytest.TestReport(test, ("", None, ""), {}, "failed", f"the guest told nothing of this test: {why}", "call")]
 
     def _boot(self) -> dict[str, list[pytest.TestReport]]:
         from kernels import kernel
@@ -74,13 +73,14 @@ class Run:
 
         reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
         with tempfile.TemporaryDirectory(prefix="wave-guest-") as folder:
-            file = Path(folder, "reports")
+            file, tests = Path(folder, "reports"), Path(folder, "tests")
+            tests.write_text("\n".join(self._tests))
             command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
             try:
                 chosen = kernel(self.series)
                 ended = run(
                     chosen,
-                    [*command, f"--reports-to={file}", *self._tests],
+                    [*command, f"--reports-to={file}", f"@{tests}"],
                     timeout_s=TIMEOUT_S,
                     share=Path(folder),
                     results=[file.name],
