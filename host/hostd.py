@@ -221,7 +221,8 @@ class Hostd:
         try:
             self._child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **as_user)
         except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"cannot start the agent: {error}") from error
+            name = self._agent_user.name if self._agent_user else "this user"
+            raise ConfigError(f"cannot start the agent: {error}; {name} must be able to run {sys.executable}, with all that it links to") from error
         finally:
             os.sched_setaffinity(0, own)
         self._child_s = time.monotonic()

@@ -149,16 +149,16 @@ def test_a_thread_that_was_given_a_dead_ones_number_is_left_alone(folder, sleepe
     assert attributes.read(sleeper).priority == 0
 
 
-FAMILY = """
+FAMILY = r"""
 import os, sys, time, threading
 def beget():
     if os.fork() == 0:
-        print(os.getpid(), flush=True)
+        os.write(1, b"%d\n" % os.getpid())
         time.sleep(1000)
 sys.stdin.readline()
 beget()
 threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-print(threading.enumerate()[-1].native_id, flush=True)
+os.write(1, b"%d\n" % threading.enumerate()[-1].native_id)
 time.sleep(1000)
 """
 
