@@ -60,12 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("url", help="the link, e.g. xsk:///run/wave/net/agent.sock")
     parser.add_argument("policy", help="a policy's name, or file.py[:Class]")
     parser.add_argument("--core", type=int, default=None, help="run on this core only")
+    parser.add_argument("--nice", type=int, default=10, help="below the workers that it serves (default 10)")
     parser.add_argument("--nap-us", type=int, default=0, help="sleep that long between looks when nothing comes (default: never)")
     parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy")
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
+        os.setpriority(os.PRIO_PROCESS, 0, options.nice)
         if options.core is not None:
             os.sched_setaffinity(0, {options.core})
         run_agent(options.url, options.policy, dict(map(_parameter, options.param)), nap_us=options.nap_us)
