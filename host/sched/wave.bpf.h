@@ -25,7 +25,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define BUCKETS 256
 
 enum thread_state { ABSENT, BLOCKED, RUNNABLE, RUNNING };
-enum { NOBODY = -1 };
+enum { NOBODY = -1, COMING = -2 };
 
 /* ── what the agent shares ─────────────────────────────────────────────────────────────────────────────────────────── */
 
@@ -135,7 +135,21 @@ struct {
 static struct bpf_spin_lock lock SEC(".bss.lock");
 static u64 ordering SEC(".bss.lock"); /* an exchange on it is a full barrier on every architecture */
 
+static volatile u32 zero SEC(".bss.lock"); /* a beginning that the verifier does not know, so that it looks at a loop's body once and not once a turn */
+
 #define full_barrier() __sync_lock_test_and_set(&ordering, 0)
+/* In a loop's condition: tells the verifier that the loop ends (the instruction may_goto, Linux 6.9; every loop here has its own, smaller bound). */
+#define can_loop                                                                                                            \
+	({                                                                                                                  \
+		__label__ over, on;                                                                                         \
+		bool loops = true;                                                                                          \
+		asm volatile goto("1: .byte 0xe5; .byte 0; .long ((%l[over] - 1b - 8) / 8) & 0xffff; .short 0" : : : : over); \
+		goto on;                                                                                                    \
+over:                                                                                                                       \
+		loops = false;                                                                                              \
+on:;                                                                                                                        \
+		loops;                                                                                                      \
+	})
 #define bounded(value, power) asm volatile("%[v] &= %[m]" : [v] "+r"(value) : [m] "i"((power) - 1))
 
 static __always_inline struct thread *thread_at(u64 tid)
@@ -158,7 +172,7 @@ static __always_inline s32 enclave_cpu(u64 kernel)
 	return host.enclave_cpu[kernel];
 }
 
-/* The enclave's number of a thread; NOBODY outside. */
+/* The enclave's number of a thread; less than 0 outside. */
 static __always_inline s32 member_of(struct task_struct *task)
 {
 	struct member *m = bpf_task_storage_get(&members, task, 0, 0);
@@ -371,7 +385,7 @@ static __noinline struct decision *first(u32 cpu, u64 now)
 {
 	struct cpu *c = cpu_at(cpu);
 
-	for (int i = 0; i < STAGED; i++) {
+	for (u32 i = zero; i < STAGED && can_loop; i++) {
 		struct decision *d;
 		u32 verdict;
 
@@ -439,9 +453,9 @@ static __always_inline void change(s32 tid, u32 state, u32 type, u32 cpu, u64 no
 /* Take in what the agent decided, at most DRAIN decisions; each goes into its CPU's queue, or is refused. Returns how many. */
 static __noinline u32 drain(u64 now)
 {
-	u32 taken = 0;
+	u64 before = host.down_next;
 
-	for (int i = 0; i < DRAIN; i++) {
+	for (u32 i = zero; i < DRAIN && can_loop; i++) {
 		u32 mark = (host.generation << 16) + (u32)(host.down_next >> TXNS_SHIFT) + 1;
 		u64 at = host.down_next, word, number;
 		struct wave_decision *from;
@@ -472,7 +486,6 @@ static __noinline u32 drain(u64 now)
 			*(volatile u64 *)&txns.header[RING_CREDIT_AT] = host.down_credit;
 		}
 		host.decisions++;
-		taken++;
 		if (((word >> 32) & 0xff) != WAVE_VERSION || ((word >> 40) & 0xff) != WAVE_SUBSYSTEM_SCHED || d.type < DECISION_RUN || d.type > DECISION_KICK) {
 			answer(&d, 0, OUTCOME_INVALID, now);
 			continue;
@@ -501,7 +514,7 @@ static __noinline u32 drain(u64 now)
 		c->queue[at] = d;
 		c->staged++;
 	}
-	return taken;
+	return host.down_next - before;
 }
 
 /* The doorbell rang: a preemption in the CPU's queue that holds is taken up. True if the thread that runs there is to leave for what is then staged. */
@@ -511,37 +524,32 @@ static __noinline bool take_up(u32 cpu, u64 now)
 	struct decision kept;
 	u32 verdict;
 
-	for (int i = 0; i < STAGED; i++) {
-		u32 staged = c->staged;
+	for (u32 i = zero; i < STAGED && can_loop; i++) {
+		u32 staged = c->staged, found;
 		u64 at = 0;
-		int found = -1;
 
-		for (int k = 0; k < STAGED && k < staged; k++) {
-			at = c->head + k;
+		for (found = zero; found < STAGED && found < staged && can_loop; found++) {
+			at = c->head + found;
 			bounded(at, STAGED);
-			if (c->queue[at].flags & DECISION_PREEMPT) {
-				found = k;
+			if (c->queue[at].flags & DECISION_PREEMPT)
 				break;
-			}
 		}
-		if (found < 0 || found >= STAGED)
+		if (found >= STAGED || found >= staged)
 			return false;
 		bounded(at, STAGED);
 		kept = c->queue[at];
 		verdict = kept.cpu_seq != c->seq || c->running < 0 ? OUTCOME_STALE : kept.type == DECISION_RUN ? judge(&kept, cpu) : OUTCOME_COMMITTED;
 		if (verdict == OUTCOME_COMMITTED && kept.type == DECISION_RUN) {
-			for (int k = 0; k < STAGED && k < found; k++) { /* what was staged before it is overtaken */
+			for (u32 k = zero; k < found && can_loop; k++) { /* what was staged before it is overtaken */
 				answer(head_of(c), cpu, OUTCOME_SUPERSEDED, now);
 				drop_head(c);
 			}
 			head_of(c)->flags &= ~DECISION_PREEMPT; /* it holds; the switch that follows commits it */
 			return true;
 		}
-		for (int k = STAGED - 1; k > 0; k--) { /* it leaves the queue: those before it move up */
+		for (u32 k = found; k > 0 && can_loop; k--) { /* it leaves the queue: those before it move up */
 			u64 to = c->head + k, from_at = to - 1;
 
-			if (k > found)
-				continue;
 			bounded(to, STAGED);
 			bounded(from_at, STAGED);
 			c->queue[to] = c->queue[from_at];
@@ -727,12 +735,17 @@ int resync(struct replay_at *a)
 
 /* ── births and deaths ─────────────────────────────────────────────────────────────────────────────────────────────── */
 
-/* A child of a member is born outside: its priority was reset on fork. hostd takes it in, after writing down what it was. */
+/* A child of a member is born outside: its priority was reset on fork. hostd takes it in, after writing down what it was. Until then it is marked, so that
+ * its own children are heard of, too. */
 SEC("tp_btf/sched_process_fork")
 int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 {
-	if (member_of(parent) >= 0)
-		notify(EVENT_FORK, child->pid, NOBODY);
+	struct member coming = {.tid = COMING};
+
+	if (!bpf_task_storage_get(&members, parent, 0, 0))
+		return 0;
+	bpf_task_storage_get(&members, child, &coming, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	notify(EVENT_FORK, child->pid, NOBODY);
 	return 0;
 }
 
