@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from waveos.host import changes
 from waveos.host.bpf import Object, RingBuffer
 from waveos.host.sched import attributes
 from waveos.host.sched.half import CPUS, NOBODY, THREADS, Half
+from waveos.process import start_time
 from waveos.sched.records import KICKED
 
 PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
 EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("spare", "u4")])
 FORK, GONE = 2, 3  # enum event_type in wave.bpf.h
 TICK_NS = 10_000_000
+SWEEP = 4
+"""Members looked at in a tick, to see whether they live."""
 
 
 class Adopt(ctypes.Structure):
@@ -52,6 +56,8 @@ class Governor:
         self._numbers: dict[int, int] = {}  # by pid: the enclave's number of it
         self._entries: dict[int, int] = {}  # by pid: its entry in the journal
         self._free = deque(range(THREADS))
+        self._round: Iterator[int] = iter(())  # members that are looked at next
+        self._outside = 0  # children of members that could not be taken in
         self._leaving: list[int] = []  # numbers whose thread has begun to exit
         self._governed = True  # members have the attributes that make them so
         self._alone_ns = 0
@@ -82,7 +88,7 @@ class Governor:
             return
         if not self._free:
             raise ConfigError(f"the enclave holds {THREADS} threads, which is the most")
-        allowed = sorted(set(attributes.affinity(pid)) & set(self._cpus)) or self._cpus
+        allowed = self._allowed(pid)
         entry = changes.note_thread(self._journal, pid)
         number = self._free.popleft()
         request = Adopt(pid, number)
@@ -96,16 +102,30 @@ class Governor:
                 self._members.set(pidfd, number)
             finally:
                 os.close(pidfd)
-            attributes.set_affinity(pid, allowed)
             if self._governed:
+                attributes.set_affinity(pid, allowed)
                 attributes.apply(pid, self._member)
             self._look_at(pid, number, request)
         except OSError:
-            self._release.run(request)
-            self._free.append(number)
+            self._forget(pid, number)
             self._journal.undo(entry)
             raise
         self._numbers[pid], self._entries[pid] = number, entry
+
+    def _allowed(self, pid: int) -> list[int]:
+        """The enclave's CPUs that the thread may use; all of them if it may use none."""
+        return sorted(set(attributes.affinity(pid)) & set(self._cpus)) or self._cpus
+
+    def _forget(self, pid: int, number: int) -> None:
+        """The thread is no member any more."""
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid, PIDFD_THREAD)
+            try:
+                self._members.delete(pidfd)
+            finally:
+                os.close(pidfd)
+        self._release.run(Adopt(pid, number))
+        self._leaving.append(number)  # not free at once: one that is about to end may still be seen once more
 
     def _look_at(self, pid: int, number: int, request: Adopt) -> None:
         """A thread that waited for a CPU when it joined sends no message by itself: say so for it."""
@@ -124,14 +144,7 @@ class Governor:
         if number is None:
             return
         self._journal.undo(self._entries.pop(pid))
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(pid, PIDFD_THREAD)
-            try:
-                self._members.delete(pidfd)
-            finally:
-                os.close(pidfd)
-        self._release.run(Adopt(pid, number))
-        self._free.append(number)
+        self._forget(pid, number)
 
     def attend(self) -> None:
         """The doorbell, or news of births and deaths."""
@@ -141,8 +154,12 @@ class Governor:
             event = np.frombuffer(record, EVENT)[0]
             pid = int(event["pid"])
             if event["type"] == FORK:
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     self.adopt(pid)
+                except ProcessLookupError:
+                    pass  # it has ended
+                except (OSError, ConfigError):  # the enclave is full, or the thread may not use its CPUs: it stays outside, the others go on
+                    self._outside += 1
             elif event["type"] == GONE and (number := self._numbers.pop(pid, None)) is not None:
                 self._journal.settle(self._entries.pop(pid))
                 self._leaving.append(number)
@@ -161,10 +178,21 @@ class Governor:
             self._alone_ns += TICK_NS
             if self._governed and self._alone_ns > self._default_ns:
                 self._let_be()
+        self._sweep()
         if self._leaving:
             pids = half.host["thread"]["pid"][0]
             self._free.extend(number for number in self._leaving if not pids[number])
             self._leaving = [number for number in self._leaving if pids[number]]
+
+    def _sweep(self) -> None:
+        """A few members a tick: one whose end was not heard of (it ended while it joined, or hostd was held up for long) is no member any more."""
+        for _ in range(SWEEP):
+            if (pid := next(self._round, None)) is None:
+                self._round = iter(list(self._numbers))
+                return
+            if pid in self._numbers and start_time(pid) is None:
+                self._journal.settle(self._entries.pop(pid))
+                self._forget(pid, self._numbers.pop(pid))
 
     def agent_here(self, generation: int) -> None:
         """Empty rings and the whole state for a new agent."""
@@ -187,13 +215,16 @@ class Governor:
         """The members are ours again."""
         self._governed = True
         for pid in list(self._numbers):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has ended, or may not: then it stays the kernel's
+                self._journal.settle(self._entries[pid])
                 self._entries[pid] = changes.note_thread(self._journal, pid)
+                attributes.set_affinity(pid, self._allowed(pid))
                 attributes.apply(pid, self._member)
 
     def counters(self) -> dict[str, Any]:
         """What has happened so far."""
-        return {**self._half.counters(), "governed": self._governed, "running": int(np.count_nonzero(self._half.host["cpu"]["running"][0] != NOBODY))}
+        own = {"governed": self._governed, "outside": self._outside}
+        return {**self._half.counters(), **own, "running": int(np.count_nonzero(self._half.host["cpu"]["running"][0] != NOBODY))}
 
     def close(self) -> None:
         """Everything as it was."""

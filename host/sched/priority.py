@@ -49,7 +49,7 @@ class Priority(Governor):
         for at in range(self._attend.run()):
             act = self._acts["act"][at]
             pid = int(act["pid"])
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has ended, or may not any more: it runs as the kernel has it
                 if act["type"] != TAIL and len(self._cpus) > 1:
                     attributes.set_affinity(pid, [int(act["cpu"])])
                 attributes.apply(pid, self._low if act["type"] == TAIL else self._high)
