@@ -1,0 +1,204 @@
+"""A real enclave to torment: workers, hostd and agents as processes of this machine, and the means to see that nothing is lost and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from waveos.host.sched import attributes
+from waveos.process import start_time
+
+HERE = Path(__file__).parent
+WORKERS = HERE / "workers.py"
+WORDS, SLOTS = 8, 32
+COUNT, LAST, GAP = range(3)
+PATIENCE_S = 60.0
+
+
+def why_not() -> str | None:
+    """Why the live world cannot be tormented here."""
+    if os.geteuid():
+        return "needs root"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "this kernel has no BTF"
+    if len(os.sched_getaffinity(0)) < 2:
+        return "needs two CPUs: one for the enclave, one for its agent"
+    if not (HERE.parents[1] / "host/sched/priority.bpf.o").exists():
+        return "the BPF programs are not compiled: make bpf"
+    return None
+
+
+def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Wait for something to be true; what it was."""
+    end = time.monotonic() + patience_s
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"never: {what}")
+        time.sleep(0.002)
+    return found
+
+
+def scheduling(pid: int) -> dict[int, tuple[Any, ...]]:
+    """How each thread of a process is scheduled, as far as it can be changed."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):
+            found[int(name)] = (attributes.read(int(name)), tuple(attributes.affinity(int(name))))
+    return found
+
+
+def bpf_objects() -> set[tuple[str, int]]:
+    """Programs, maps and links in this kernel that no living process but ours accounts for, as (kind, id)."""
+    found = set()
+    for kind in ("prog", "map", "link"):
+        told = subprocess.run(["bpftool", "--json", kind, "show"], capture_output=True, text=True, check=False).stdout
+        for each in json.loads(told or "[]"):
+            holders = {holder["pid"] for holder in each.get("pids", [])}
+            if not holders - _ours():
+                found.add((kind, each["id"]))
+    return found
+
+
+def _ours() -> set[int]:
+    return {os.getpid()}
+
+
+class Worker:
+    """One process with a slot in the shared words."""
+
+    def __init__(self, kind: str, number: int, process: subprocess.Popen[Any]) -> None:
+        self.kind, self.number, self.process = kind, number, process
+        self.pid = process.pid
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.number}"
+
+
+class World:
+    """Everything of one torment, in a folder of its own. `close` ends whatever is left, and leaves the machine as it was."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="wave-chaos-"))
+        self.run = self.folder / "run"
+        self.run.mkdir()
+        self.name = name or f"chaos-{os.getpid()}"
+        self.environment = {**os.environ, "WAVE_RUN": str(self.run), "NO_COLOR": "1", "WAVE_CHAOS": str(self.folder)}
+        self.cpus = sorted(os.sched_getaffinity(0))
+        self._fd = os.memfd_create("progress")
+        os.ftruncate(self._fd, 8 * WORDS * SLOTS)
+        self.words = memoryview(mmap.mmap(self._fd, 8 * WORDS * SLOTS)).cast("q")
+        self.workers: list[Worker] = []
+        self._processes: list[subprocess.Popen[Any]] = []
+        self._next = 1
+        self._logs = 0
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen[Any]:
+        """A process that `close` ends, if nobody does before."""
+        process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, **options)
+        self._processes = [each for each in self._processes if each.poll() is None] + [process]
+        return process
+
+    def worker(self, kind: str, *arguments: str, fds: tuple[int, ...] = ()) -> Worker:
+        """One that begins to work at once."""
+        number, self._next = self._next, self._next + 1
+        command = [sys.executable, "-S", "-E", str(WORKERS), kind, str(self._fd), str(number), *arguments]
+        made = Worker(kind, number, self.start(command, pass_fds=[self._fd, *fds]))
+        self.workers.append(made)
+        return made
+
+    def pair(self) -> tuple[Worker, Worker]:
+        """Two that wake each other."""
+        (read_a, write_b), (read_b, write_a) = os.pipe(), os.pipe()
+        try:
+            return self.worker("ping", str(read_a), str(write_a), "1", fds=(read_a, write_a)), self.worker(
+                "ping", str(read_b), str(write_b), "0", fds=(read_b, write_b)
+            )
+        finally:
+            for fd in (read_a, write_a, read_b, write_b):
+                os.close(fd)
+
+    def word(self, worker: Worker, which: int) -> int:
+        """One of the worker's words."""
+        return self.words[WORDS * worker.number + which]
+
+    def forget_gaps(self) -> None:
+        """From now on the longest pauses are counted anew."""
+        for worker in self.workers:
+            self.words[WORDS * worker.number + GAP] = 0
+
+    def daemon(self, command: str, *arguments: str, log: str) -> subprocess.Popen[Any]:
+        """`wave hostd` or `wave agentd`, which talks to a log."""
+        code = f"import sys; from waveos.cli import run; sys.exit(run(['{command}', *sys.argv[1:]]))"
+        with (self.folder / log).open("ab") as file:
+            return self.start([sys.executable, "-P", "-c", code, *arguments], stderr=file)
+
+    def hostd(self, *arguments: str, log: str = "hostd.log", members: str | None = None) -> subprocess.Popen[Any]:
+        """A hostd for the workers, on the first CPU."""
+        who = members if members is not None else ",".join(str(each.pid) for each in self.workers)
+        base = ["--enclave", self.name, "--cpus", str(self.cpus[0]), "--mechanism", "priority", *(["--pids", who] if who else [])]
+        return self.daemon("hostd", *base, *arguments, log=log)
+
+    def agent(self, policy: str | None = "shinjuku", *arguments: str, log: str = "agentd.log") -> subprocess.Popen[Any]:
+        """An agent for the enclave, on the second CPU; one that comes while another is there waits."""
+        url = f"shm://{self.run}/{self.name}/agent.sock"
+        return self.daemon("agentd", url, *([policy] if policy else []), "--core", str(self.cpus[1]), *arguments, log=log)
+
+    def restore(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`wave restore`."""
+        code = "import sys; from waveos.cli import run; sys.exit(run(['restore', *sys.argv[1:]]))"
+        command = [sys.executable, "-P", "-c", code, *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+
+    def ask(self, do: str, timeout_s: float = 5.0, **request: Any) -> dict[str, Any] | None:
+        """Ask hostd; None if it is not there, or does not answer."""
+        from waveos.errors import WaveError
+        from waveos.host import doors, restore
+
+        restore.RUN = self.run
+        try:
+            return doors.ask(self.name, {"do": do, **request}, timeout_s)
+        except (WaveError, OSError, ValueError):
+            return None
+
+    def log(self, name: str) -> str:
+        """What a daemon said so far."""
+        path = self.folder / name
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def left(self) -> list[str]:
+        """What is still there of it that should not be, but for living workers."""
+        found = [f"{path.relative_to(self.run)} in the folder of enclaves" for path in self.run.rglob("*")]
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) not in {each.pid for each in self.workers}:
+                with contextlib.suppress(OSError):
+                    if f"WAVE_CHAOS={self.folder}".encode() in (folder / "environ").read_bytes() and start_time(int(folder.name)) is not None:
+                        found.append(f"process {folder.name} ({(folder / 'comm').read_text().strip()})")
+        return found
+
+    def close(self) -> None:
+        """End everything, by its number."""
+        self.words[0] = 1
+        for process in reversed(self._processes):
+            with contextlib.suppress(OSError):
+                os.kill(process.pid, signal.SIGCONT)
+            if process.pid not in {each.pid for each in self.workers}:
+                process.kill()
+                process.wait()
+        self.restore()
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+        os.close(self._fd)
+        shutil.rmtree(self.folder, ignore_errors=True)
