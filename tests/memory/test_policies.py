@@ -272,6 +272,15 @@ def scanned(order, touched=0):
     return {"type": Message.ACCESSED, "seq": 2, "first": int(order["first"]), "batches": int(order["batches"]), "touched": touched}
 
 
+@pytest.mark.parametrize(("stall_us", "stops"), [(100_000, 0), (130_000, 1)])
+def test_an_application_that_stalls_for_more_than_5_percent_of_the_time_stops_the_actuator(stall_us, stops):
+    runtime, at = agent()
+    at(1, {"type": Message.PRESSURE, "region": -1, "stall_us": stall_us})
+    at(2_400 * 1_000_000 + 1)
+    assert len(runtime.policy.stops) == stops
+    assert (runtime.policy.stopped_until > 2_400 * 1_000_000) == bool(stops)
+
+
 def test_a_scan_that_failed_is_asked_for_again():
     runtime, at = agent()
     asked = np.concatenate([at(step * STEP_NS) for step in range(1, 40)])
