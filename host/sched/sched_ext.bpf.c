@@ -8,6 +8,8 @@
 #include "wave.bpf.h"
 #include "scx.h"
 
+#define TASK_DEAD 0x80 /* linux/sched.h */
+#define PF_KTHREAD 0x00200000
 #define HELD 1       /* the queue of threads that wait: for a decision, or without an agent for their turn */
 #define QUEUE_OF 16  /* + enclave's CPU: the queue of what was decided for it */
 #define TRIES 3      /* decisions that one look may find overtaken by what the kernel does meanwhile */
@@ -26,10 +28,28 @@ struct {
 	__type(value, struct watch);
 } watch SEC(".maps");
 
+/* Why the kernel took its threads back; kind 0: it has not. */
+struct ended {
+	u64 kind; /* enum scx_exit_kind */
+	char reason[64];
+	char message[192];
+};
+struct ended ended SEC(".bss.ended");
+
 /* True while decisions rule. */
 static __always_inline bool governed(void)
 {
 	return host.live && !host.lost;
+}
+
+/* True of a member that bound itself to CPUs that are none of the enclave's. */
+static __always_inline bool elsewhere(struct thread *t)
+{
+	u64 any = 0;
+
+	for (int i = 0; i < CPUS / 64; i++)
+		any |= t->allowed[i];
+	return !any;
 }
 
 /* ── a thread's life ───────────────────────────────────────────────────────────────────────────────────────────────── */
@@ -37,7 +57,11 @@ static __always_inline bool governed(void)
 SEC("struct_ops/select_cpu")
 s32 BPF_PROG(wave_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 {
-	return prev_cpu; /* a decision says where; until then it does not matter */
+	bool idle = false;
+
+	if (governed() && member_of(p) >= 0)
+		return prev_cpu; /* a decision says where; until then it does not matter */
+	return scx_bpf_select_cpu_dfl___v1(p, prev_cpu, wake_flags, &idle);
 }
 
 SEC("struct_ops/runnable")
@@ -49,7 +73,7 @@ void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
 	if (tid < 0)
 		return;
 	bpf_spin_lock(&lock);
-	if (thread_at(tid)->state == BLOCKED)
+	if (thread_at(tid)->state == BLOCKED && !elsewhere(thread_at(tid)))
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
 	bpf_spin_unlock(&lock);
 }
@@ -57,7 +81,9 @@ void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
 SEC("struct_ops/enqueue")
 void BPF_PROG(wave_enqueue, struct task_struct *p, u64 enq_flags)
 {
-	if (member_of(p) < 0) /* of the class, but not ours: as if there were no scheduler */
+	s32 tid = member_of(p);
+
+	if (tid < 0 || elsewhere(thread_at(tid))) /* of the class, but not ours: as if there were no scheduler */
 		insert(p, SCX_DSQ_GLOBAL, SCX_SLICE_DFL, enq_flags);
 	else
 		insert(p, HELD, SCX_SLICE_INF, enq_flags);
@@ -76,7 +102,7 @@ void BPF_PROG(wave_running, struct task_struct *p)
 	t = thread_at(tid);
 	bpf_spin_lock(&lock);
 	t->since_ns = now;
-	if (t->state == BLOCKED) /* it joined while it was on its CPU */
+	if (t->state == BLOCKED && !elsewhere(t)) /* it joined while it was on its CPU */
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
 	if (cpu >= 0) {
 		c = cpu_at(cpu);
@@ -114,21 +140,32 @@ void BPF_PROG(wave_stopping, struct task_struct *p, bool runnable)
 		set_slice(p, 0);
 }
 
+/* The thread is nothing to schedule any more, for a while or for good. */
+static __always_inline void leave(s32 tid, bool dead, u64 now)
+{
+	struct thread *t = thread_at(tid);
+	u32 type = dead ? MESSAGE_THREAD_DEAD : MESSAGE_THREAD_BLOCKED;
+
+	if (t->state == RUNNING)
+		vacate(t->cpu, type, now);
+	else if (t->state == RUNNABLE || (dead && t->state == BLOCKED))
+		change(tid, dead ? ABSENT : BLOCKED, type, NOBODY, now);
+	if (dead)
+		t->pid = 0; /* hostd may give its number to another */
+}
+
 SEC("struct_ops/quiescent")
 void BPF_PROG(wave_quiescent, struct task_struct *p, u64 deq_flags)
 {
 	s32 tid = member_of(p);
 	u64 now = bpf_ktime_get_ns();
-	struct thread *t;
+	bool dead;
 
 	if (tid < 0 || !(deq_flags & SCX_DEQ_SLEEP))
 		return;
-	t = thread_at(tid);
+	dead = p->__state & TASK_DEAD;
 	bpf_spin_lock(&lock);
-	if (t->state == RUNNING)
-		vacate(t->cpu, MESSAGE_THREAD_BLOCKED, now);
-	else if (t->state == RUNNABLE)
-		change(tid, BLOCKED, MESSAGE_THREAD_BLOCKED, NOBODY, now);
+	leave(tid, dead, now);
 	bpf_spin_unlock(&lock);
 }
 
@@ -155,19 +192,23 @@ void BPF_PROG(wave_tick, struct task_struct *p)
 {
 	s32 tid = member_of(p), cpu = enclave_cpu(bpf_get_smp_processor_id());
 	u64 now = bpf_ktime_get_ns();
+	bool look;
 
 	if (tid < 0 || cpu < 0)
 		return;
 	bpf_spin_lock(&lock);
 	if (cpu_at(cpu)->running == tid)
 		say(MESSAGE_TICK, tid, cpu, 0, now);
+	look = cpu_at(cpu)->rung || (!governed() && scx_of(p)->slice > TURN_NS);
 	bpf_spin_unlock(&lock);
+	if (look) /* where the kernel cannot be kicked nobody else says so */
+		set_slice(p, 0);
 }
 
 SEC("struct_ops/set_cpumask")
 void BPF_PROG(wave_set_cpumask, struct task_struct *p, const struct cpumask *mask)
 {
-	u64 allowed[CPUS / 64] = {}, now = bpf_ktime_get_ns();
+	u64 allowed[CPUS / 64] = {}, changed = 0, now = bpf_ktime_get_ns();
 	s32 tid = member_of(p);
 	struct thread *t;
 	u32 cpu;
@@ -179,10 +220,16 @@ void BPF_PROG(wave_set_cpumask, struct task_struct *p, const struct cpumask *mas
 			allowed[(cpu >> 6) & (CPUS / 64 - 1)] |= 1ull << (cpu & 63);
 	t = thread_at(tid);
 	bpf_spin_lock(&lock);
-	for (int i = 0; i < CPUS / 64; i++)
+	for (int i = 0; i < CPUS / 64; i++) {
+		changed |= t->allowed[i] ^ allowed[i];
 		t->allowed[i] = allowed[i];
-	t->seq++; /* what was decided may name a CPU that it no longer may use */
-	tell(MESSAGE_AFFINITY_CHANGED, tid, NOBODY, 0, now);
+	}
+	if (changed) { /* else it is only joining the class, of which the kernel says this, too */
+		t->seq++; /* what was decided may name a CPU that it no longer may use */
+		tell(MESSAGE_AFFINITY_CHANGED, tid, NOBODY, 0, now);
+		if (elsewhere(t))
+			leave(tid, false, now); /* the kernel's own, until it comes back */
+	}
 	bpf_spin_unlock(&lock);
 }
 
@@ -200,7 +247,9 @@ void BPF_PROG(wave_set_weight, struct task_struct *p, u32 weight)
 	bpf_spin_unlock(&lock);
 }
 
-/* It left the class: it has exited, or hostd has let it go. */
+/* It left the class: it has exited, hostd has let it go, somebody gave it another class, or the scheduler is being unregistered. For the agent it then
+ * sleeps; when it comes back `runnable` or `running` says so. A thread that has exited is told of in `quiescent`, and comes here when it is reaped: its
+ * number may be another's by then. */
 SEC("struct_ops/disable")
 void BPF_PROG(wave_disable, struct task_struct *p)
 {
@@ -212,23 +261,17 @@ void BPF_PROG(wave_disable, struct task_struct *p)
 		return;
 	t = thread_at(tid);
 	bpf_spin_lock(&lock);
-	if (t->state == RUNNING)
-		vacate(t->cpu, MESSAGE_THREAD_DEAD, now);
-	else if (t->state != ABSENT)
-		change(tid, ABSENT, MESSAGE_THREAD_DEAD, NOBODY, now);
-	if (t->dying)
-		t->pid = 0;
+	if (t->pid == p->pid)
+		leave(tid, t->dying, now);
 	bpf_spin_unlock(&lock);
 }
 
 /* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
-/* What the CPU runs next, as decided; NOBODY: nothing is. `prev` runs there now and could go on, or is NOBODY. */
-static __always_inline s32 next(u32 cpu, s32 prev, u64 now)
+/* The CPU looks for its next thread: take in what came for it. */
+static __always_inline void arrive(u32 cpu, u64 now)
 {
 	struct cpu *c = cpu_at(cpu);
-	struct decision *d;
-	s32 tid;
 
 	drain(now);
 	if (c->taken) {
@@ -240,10 +283,16 @@ static __always_inline s32 next(u32 cpu, s32 prev, u64 now)
 		if (take_up(cpu, now))
 			vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
 	}
-	if (c->running >= 0 && c->running != prev) /* it never came, or the kernel took it elsewhere */
-		vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
-	if (c->running >= 0)
-		return prev;
+}
+
+/* What the CPU runs next, as decided; NOBODY: nothing is. */
+static __always_inline s32 choose(u32 cpu, u64 now)
+{
+	struct decision *d;
+	s32 tid;
+
+	if (cpu_at(cpu)->running >= 0) /* it goes on; or was put back while a higher class had the CPU, and is brought again */
+		return cpu_at(cpu)->running;
 	d = first(cpu, now);
 	if (!d) {
 		tell_idle(cpu, now);
@@ -283,20 +332,23 @@ void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 		return;
 	if (prev && queued(prev))
 		before = member_of(prev);
+	bpf_spin_lock(&lock);
+	rule = governed();
+	if (rule)
+		arrive(cpu, now);
+	bpf_spin_unlock(&lock);
+	if (!rule) {
+		if (!to_local(HELD) && prev && before >= 0)
+			set_slice(prev, TURN_NS);
+		return;
+	}
 	bpf_for(i, 0, TRIES) {
-		tid = NOBODY;
 		bpf_spin_lock(&lock);
-		rule = governed();
-		if (rule)
-			tid = next(cpu, before, now);
+		tid = choose(cpu, now);
 		bpf_spin_unlock(&lock);
-		if (!rule) {
-			to_local(HELD);
-			return;
-		}
 		if (tid < 0)
 			return;
-		if (tid == before) {
+		if (prev && tid == before) {
 			set_slice(prev, SCX_SLICE_INF);
 			return;
 		}
@@ -307,18 +359,18 @@ void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 			vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
 		bpf_spin_unlock(&lock);
 	}
+	bpf_spin_lock(&lock);
+	tell_idle(cpu, now);
+	bpf_spin_unlock(&lock);
 }
 
-SEC("struct_ops/cpu_release")
-void BPF_PROG(wave_cpu_release, s32 kernel, struct scx_cpu_release_args *args)
+/* A class above ours has the CPU. */
+static __always_inline void taken(u32 cpu, struct task_struct *by, u64 now)
 {
-	s32 cpu = enclave_cpu(kernel);
-	u64 now = bpf_ktime_get_ns();
-	struct cpu *c;
+	struct cpu *c = cpu_at(cpu);
 
-	if (cpu < 0)
+	if (by->tgid == host.hostd || by->flags & PF_KTHREAD) /* for a moment, and on our behalf: no news */
 		return;
-	c = cpu_at(cpu);
 	bpf_spin_lock(&lock);
 	if (!c->taken) {
 		c->taken = 1;
@@ -326,6 +378,26 @@ void BPF_PROG(wave_cpu_release, s32 kernel, struct scx_cpu_release_args *args)
 		say(MESSAGE_CPU_TAKEN, c->running, cpu, 0, now);
 	}
 	bpf_spin_unlock(&lock);
+}
+
+/* `cpu_release` tells of a CPU that is taken from a thread of ours; of one that idled, only this does. It is back when `dispatch` asks for it. */
+SEC("tp_btf/sched_switch")
+int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_struct *next)
+{
+	s32 cpu = enclave_cpu(bpf_get_smp_processor_id());
+
+	if (cpu >= 0 && !prev->pid && next->pid && member_of(next) < 0)
+		taken(cpu, next, bpf_ktime_get_ns());
+	return 0;
+}
+
+SEC("struct_ops/cpu_release")
+void BPF_PROG(wave_cpu_release, s32 kernel, struct scx_cpu_release_args *args)
+{
+	s32 cpu = enclave_cpu(kernel);
+
+	if (cpu >= 0)
+		taken(cpu, args->task, bpf_ktime_get_ns());
 }
 
 SEC("struct_ops/cpu_acquire")
@@ -399,6 +471,9 @@ SEC("struct_ops/exit")
 void BPF_PROG(wave_exit, struct scx_exit_info *info)
 {
 	host.live = 0;
+	bpf_probe_read_kernel_str(ended.reason, sizeof(ended.reason), info->reason);
+	bpf_probe_read_kernel_str(ended.message, sizeof(ended.message), info->msg);
+	ended.kind = info->kind;
 }
 
 /* CPUs, by the kernel's numbers, that hostd must visit because this kernel cannot be asked to kick them. */

@@ -120,6 +120,7 @@ bool bpf_cpumask_test_cpu(u32 cpu, const struct cpumask *mask) __weak __ksym;
 
 s32 scx_bpf_create_dsq(u64 queue, s32 node) __weak __ksym;
 s32 scx_bpf_dsq_nr_queued(u64 queue) __weak __ksym;
+s32 scx_bpf_select_cpu_dfl___v1(struct task_struct *p, s32 prev_cpu, u64 wake_flags, bool *is_idle) __weak __ksym;
 s32 scx_bpf_task_cpu(const struct task_struct *p) __weak __ksym;
 bool scx_bpf_task_running(const struct task_struct *p) __weak __ksym;
 void scx_bpf_dsq_insert___v1(struct task_struct *p, u64 queue, u64 slice_ns, u64 enq_flags) __weak __ksym;

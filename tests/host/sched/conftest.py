@@ -93,14 +93,15 @@ class Worker:
         os.write(self._orders, order)
 
     def kill(self) -> None:
+        """Its end begins; where decisions rule it needs one more to come."""
         self._process.kill()
-        self._process.wait()
 
     def end(self) -> None:
         self.busy[self.at] = 0
         with contextlib.suppress(OSError):
             os.close(self._orders)
         self.kill()
+        self._process.wait()
 
 
 class Hand:
@@ -170,6 +171,7 @@ class Hand:
 
         def found() -> list[Any]:
             self.beat()
+            self.mechanism.attend()
             return [m for m in self.listen()[after:] if m["type"] == kind and m["tid"] == tid]
 
         return until(found, f"{kind.name} about {tid}")[-1]

@@ -298,8 +298,14 @@ def test_children_of_a_member_join_and_leave(enclave: Any) -> None:
     (pid,) = until(child, "a child is a member")
     number = enclave.number(pid)
     os.kill(pid, signal.SIGKILL)
-    hand.decide(number)
-    hand.told(Message.THREAD_DEAD, number)
+
+    def dead() -> bool:
+        if hand.types(number)[-1] == "THREAD_RUNNABLE":
+            hand.outcome(hand.decide(number))
+        enclave.mechanism.attend()
+        return "THREAD_DEAD" in hand.types(number)
+
+    until(dead, "the child's end is told")
 
 
 def test_a_released_thread_is_as_it_was(enclave: Any) -> None:
