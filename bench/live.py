@@ -44,7 +44,7 @@ OPTIONS = {
     "saturation_s": (20.0, "length of a window of the search for saturation"),
     "workers": (16, "worker processes"),
     "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
-    "quick": (False, "2 rounds of 1 s, saturation over 1 s: for a look and for CI, not for figures"),
+    "quick": (False, "2 rounds of 1 s, fewer columns, saturation over 1 s: for a look and for CI, not for figures"),
 }
 RANGE_SHARE = 0.005
 LOAD_SHARE = 0.7
@@ -83,6 +83,8 @@ class Plan:
     saturation_s: float
     probes: int
     tries: int
+    tuned: tuple[str, ...]
+    shares: tuple[float, ...]  # of saturation, at which the emulator is asked
     workers: int
     quantum_us: float
     host_core: int
@@ -111,24 +113,25 @@ def run(
         raise ConfigError("bench live sets scheduling policies of its workers and client, for which one must be root: sudo wave bench live")
     if quick:
         rounds, seconds, saturation_s = min(rounds, 2), min(seconds, 1.0), min(saturation_s, 1.0)
-    plan = Plan(seed, rounds, seconds, saturation_s, 3 if quick else 8, 1 if quick else 3, workers, quantum_us, cores[0], cores[1])
+    probes, tries, tuned, shares = (3, 1, TUNED[-1:], PREDICTED_SHARES[1:2]) if quick else (8, 3, TUNED, PREDICTED_SHARES)
+    plan = Plan(seed, rounds, seconds, saturation_s, probes, tries, tuned, shares, workers, quantum_us, cores[0], cores[1])
     capacity = round(MOST_PER_S * max(seconds, saturation_s, 1.0) * 1.2)
+    machine = describe_machine()  # before the client is bound to one core
     _tell("building the database")
     with (
         rocksdb.database() as folder,
         Service(folder, workers=workers, core=plan.host_core, capacity=capacity) as service,
         client_on(plan.agent_core),
     ):
-        return _Bench(plan, service).measure()
+        return _Bench(plan, service, machine).measure()
 
 
 class _Bench:
     """One run: the service is up, the client is where it belongs."""
 
-    def __init__(self, plan: Plan, service: Service) -> None:
-        self.plan, self.service = plan, service
+    def __init__(self, plan: Plan, service: Service, machine: dict[str, object]) -> None:
+        self.plan, self.service, self.machine = plan, service, machine
         self.told: list[dict[str, Any]] = []  # by hostd, a window of Wave's
-        self.hostd_shares: list[float] = []
         self.noisy: list[bool] = []  # whether a window was, by number
 
     def measure(self) -> dict[str, Any]:
@@ -138,13 +141,13 @@ class _Bench:
         _tell("saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
-        windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *TUNED, WAVE)}
+        windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *plan.tuned, WAVE)}
         for number in range(plan.rounds):
             _tell(f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
             for name in windows:
                 windows[name].append(self._window(name, rate, plan.seconds, plan.seed + number))
-        at_load = self.told, self.hostd_shares
-        tuned = min(TUNED, key=lambda name: median(each.get_p99_us for each in windows[name]))
+        at_load = list(self.told)
+        tuned = min(plan.tuned, key=lambda name: median(each.get_p99_us for each in windows[name]))
         for name in (tuned, WAVE):
             _tell(f"saturation of {name}")
             saturations[name] = self._saturation(name, saturations[KERNEL])
@@ -157,15 +160,17 @@ class _Bench:
                 metrics[f"{label}_{key}"] = median(values)
                 spread[f"{label}_{key}"] = [min(values), max(values)]
         metrics["throttled_share"] = metrics["wave_throttled_share"]
-        metrics |= decision_times(at_load[0], plan.seed) | {"hostd_cpu_share": median(at_load[1])}
+        metrics |= decision_times(at_load, plan.seed)
+        metrics["hostd_cpu_share"] = median(each["hostd"]["spent_ns"] * 1e-9 / each["hostd"]["spent_s"] for each in at_load)
         metrics |= self._hackbench()
         metrics |= costs.metrics()
-        metrics |= self._predict(costs, saturations[KERNEL])
+        wave = enforcement(at_load, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us)
+        metrics |= {"hostd_act_us": wave.cpu_ns / 1_000} | self._predict(costs, saturations, wave)
         metrics["noisy_share"] = sum(self.noisy) / len(self.noisy)
         return {
             "name": "live",
             "metrics": metrics,
-            "machine": describe_machine(),
+            "machine": self.machine,
             "timing": "measured",
             "tuned": tuned,
             "spread": spread,
@@ -192,8 +197,8 @@ class _Bench:
                 own.append(enclave.pid)
                 yield serve
                 told = enclave.status()
+            told["hostd"] |= {"spent_ns": told["hostd"]["cpu_ns"] - first["cpu_ns"], "spent_s": told["hostd"]["up_s"] - first["up_s"]}
             self.told.append(told)
-            self.hostd_shares.append((told["hostd"]["cpu_ns"] - first["cpu_ns"]) * 1e-9 / (told["hostd"]["up_s"] - first["up_s"]))
         else:
             with live_schedulers.kernel(service, name, plan.agent_core) as groups:
                 yield partial(serve, groups=groups)
@@ -219,7 +224,7 @@ class _Bench:
             return {}
         _tell("hackbench with and without hostd")
         times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(min(5, plan.rounds)):
+        for _ in range(min(5, plan.rounds, 2 * plan.tries - 1)):
             with live_schedulers.polling(plan.agent_core):
                 times[False].append(_hackbench_s(plan.host_core))
             with Enclave(self.service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}):
@@ -243,22 +248,28 @@ class _Bench:
                     load *= 1 - STEP
         return best or load
 
-    def _predict(self, costs: live_costs.Costs, saturation_per_s: float) -> dict[str, float]:
-        """Measured beside predicted, for the kernel's default."""
-        metrics: dict[str, float] = {}
-        for share in PREDICTED_SHARES:
-            rate = share * saturation_per_s
-            _tell(f"measured and predicted at {rate:,.0f} requests/s")
-            measured = _medians(
-                [self._window(KERNEL, rate, self.plan.seconds, self.plan.seed + number) for number in range(min(3, self.plan.rounds))]
-            )
-            predicted = live_prediction.predict(costs, rate, self.plan.workers, self.plan.seed, max(1.0, self.plan.seconds))
-            for key, value in predicted.items():
-                metrics[f"predicted_kernel_{key}_{share * 100:.0f}"] = value
-                metrics[f"measured_kernel_{key}_{share * 100:.0f}"] = getattr(measured, key)
-        metrics["predicted_saturation_kernel_per_s"] = live_prediction.saturation(costs, self.plan.workers, self.plan.seed)
-        metrics["measured_saturation_kernel_per_s"] = saturation_per_s
+    def _predict(self, costs: live_costs.Costs, saturations: dict[str, float], wave: live_prediction.Enforcement) -> dict[str, float]:
+        """Measured beside predicted, for the kernel's default and for Wave."""
+        plan, metrics = self.plan, dict[str, float]()
+        for name, enforced in ((KERNEL, None), (WAVE, wave)):
+            for share in plan.shares:
+                rate = share * saturations[name]
+                _tell(f"{name} measured and predicted at {rate:,.0f} requests/s")
+                measured = _medians([self._window(name, rate, plan.seconds, plan.seed + number) for number in range(min(plan.rounds, plan.tries))])
+                predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
+                for key, value in predicted.items():
+                    metrics[f"predicted_{name}_{key}_{share * 100:.0f}"] = value
+                    metrics[f"measured_{name}_{key}_{share * 100:.0f}"] = getattr(measured, key)
+            metrics[f"predicted_{name}_saturation_per_s"] = live_prediction.saturation(costs, enforced, plan.workers, plan.seed)
+            metrics[f"measured_{name}_saturation_per_s"] = saturations[name]
         return metrics
+
+
+def enforcement(told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) -> live_prediction.Enforcement:
+    """What a preemption costs, of what hostd told: its CPU time is that for its acts, as it does nothing else often."""
+    acts = sum(each["counters"]["acts"] for each in told)
+    cpu_ns = sum(each["hostd"]["spent_ns"] for each in told)
+    return live_prediction.Enforcement(rtt_ns, cpu_ns / max(1, acts), quantum_us)
 
 
 def decision_times(told: list[dict[str, Any]], seed: int) -> dict[str, float]:

@@ -2,10 +2,14 @@
 
 The kernel's column is `ipu_emulator/sched/eevdf.py` with the kernel's slice and tick; service times are drawn from the measured ones, less the switch,
 which the engine charges itself. The client's lateness is drawn from what was measured and added: it delays a request, and uses none of the host's time.
+
+Wave's column is the policy itself, run by the engine where things happen, as the kernel keeps the enclave's order between two decisions. What comes from
+outside takes effect later and costs the host: a quantum is longer by a decision's way, and a RANGE by hostd's work each time it is cut.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,13 +42,30 @@ def host_profile(costs: Costs) -> HostProfile:
     )
 
 
-def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int, seconds: float) -> Setup:
-    """The kernel's default on this machine under this load."""
-    services = [np.maximum(1, each - round(costs.switch_ns)) for each in (costs.get_ns, costs.range_ns)]
+@dataclass(frozen=True)
+class Enforcement:
+    """How a preemption by Wave gets done: ns from the moment it is due, and of hostd's time on the host CPU; and the policy's quantum."""
+
+    delay_ns: float
+    cpu_ns: float
+    quantum_us: float
+
+
+def setup_for(costs: Costs, wave: Enforcement | None, rate_per_s: float, workers: int, seed: int, seconds: float) -> Setup:
+    """The kernel's default on this machine under this load, or Wave."""
+    if wave is None:
+        samples = [costs.get_ns, costs.range_ns]
+        policy, params = f"{eevdf.__file__}:Eevdf", {"slice_us": costs.slice_ns / 1_000, "tick_us": costs.tick_ns / 1_000}
+    else:
+        quantum_ns = wave.quantum_us * 1_000 + wave.delay_ns
+        cuts = np.floor(costs.wave_range_ns / quantum_ns)
+        samples = [costs.wave_get_ns, (costs.wave_range_ns + cuts * wave.cpu_ns).astype(np.int64)]
+        policy, params = "shinjuku", {"quantum_us": quantum_ns / 1_000}
+    services = [np.maximum(1, each - round(costs.switch_ns)) for each in samples]
     shares = (1 - RANGE_SHARE, RANGE_SHARE)
     return Setup(
-        policy=f"{eevdf.__file__}:Eevdf",
-        params={"slice_us": costs.slice_ns / 1_000, "tick_us": costs.tick_ns / 1_000},
+        policy=policy,
+        params=params,
         load_per_s=rate_per_s,
         classes=tuple(
             RequestClass(name, Service("samples", samples=samples), share=share)
@@ -61,9 +82,9 @@ def setup_for(costs: Costs, rate_per_s: float, workers: int, seed: int, seconds:
     )
 
 
-def predict(costs: Costs, rate_per_s: float, workers: int, seed: int, seconds: float = 4.0) -> dict[str, float]:
-    """Keys of a Window: throughput_per_s, get_p50_us, get_p99_us, range_p50_us, range_p99_us."""
-    result = simulate(setup_for(costs, rate_per_s, workers, seed, seconds))
+def predict(costs: Costs, wave: Enforcement | None, rate_per_s: float, workers: int, seed: int, seconds: float = 4.0) -> dict[str, float]:
+    """Keys of a Window: throughput_per_s, get_p50_us, get_p99_us, range_p50_us, range_p99_us. `wave` None: of the kernel's default."""
+    result = simulate(setup_for(costs, wave, rate_per_s, workers, seed, seconds))
     assert result.samples is not None
     times = _with_lateness(result.samples, costs, seed)
     get, ranges = (quantiles_us(times[result.samples["request_class"] == k]) for k in range(2))
@@ -80,6 +101,6 @@ def _with_lateness(samples: Any, costs: Costs, seed: int) -> Any:
     return samples["sojourn_ns"] + np.random.default_rng(seed).choice(costs.late_ns, len(samples))
 
 
-def saturation(costs: Costs, workers: int, seed: int) -> float:
+def saturation(costs: Costs, wave: Enforcement | None, workers: int, seed: int) -> float:
     """What the emulated CPU gets done under a third too much load: the highest load at which it keeps up."""
-    return simulate(setup_for(costs, OVERLOAD * costs.capacity_per_s, workers, seed, 1.0)).throughput_per_s
+    return simulate(setup_for(costs, wave, OVERLOAD * costs.capacity_per_s, workers, seed, 1.0)).throughput_per_s

@@ -26,7 +26,7 @@ def served(intended: list[int], done: list[int], is_range: list[bool] | None = N
 
 
 def costs(**changes: object) -> Costs:
-    plain = Costs(np.array([7_000]), np.array([750_000]), np.array([9_000]), 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
+    plain = Costs(*(np.array([each]) for each in (7_000, 750_000, 7_500, 760_000, 9_000)), 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -110,7 +110,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(wrong: dict[str, float])
 
 
 def test_an_idle_machine_is_predicted_from_the_costs_alone() -> None:
-    predicted = live_prediction.predict(costs(), 500.0, 16, seed=1)
+    predicted = live_prediction.predict(costs(), None, 500.0, 16, seed=1)
     expected_us = (9_000 + 10_000 + 7_000) / 1_000
     assert predicted["get_p50_us"] == pytest.approx(expected_us, rel=0.05)
     assert predicted["throughput_per_s"] == pytest.approx(500, rel=0.1)
@@ -119,7 +119,7 @@ def test_an_idle_machine_is_predicted_from_the_costs_alone() -> None:
 def test_saturation_is_what_the_cpu_can_do() -> None:
     given = costs()
     assert given.capacity_per_s == pytest.approx(1e9 / (0.995 * 7_000 + 0.005 * 750_000))
-    assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, 16, seed=1) < 1.02 * given.capacity_per_s
+    assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, None, 16, seed=1) < 1.02 * given.capacity_per_s
 
 
 def run_eevdf(classes: tuple[RequestClass, ...], load_per_s: float, **more: object) -> object:
@@ -157,3 +157,16 @@ def test_equal_hogs_share_the_cpu_equally_under_eevdf() -> None:
     result = run_eevdf((RequestClass("hog", Service(fixed_ns=1)),), 0.0, arrivals=arrivals)
     sojourns = np.sort(result.samples["sojourn_ns"])  # type: ignore[attr-defined]
     assert sojourns[1] == pytest.approx(40 * MS, rel=0.01) and sojourns[0] > 33 * MS
+
+
+def test_wave_keeps_gets_from_waiting_for_ranges_and_pays_for_it() -> None:
+    wave = live_prediction.Enforcement(delay_ns=40_000, cpu_ns=15_000, quantum_us=200)
+    without, within = (live_prediction.predict(costs(), each, 40_000.0, 16, seed=1, seconds=1.0) for each in (replace(wave, quantum_us=10_000), wave))
+    assert within["get_p99_us"] < 0.9 * without["get_p99_us"]
+    assert within["range_p50_us"] > without["range_p50_us"]
+    assert live_prediction.saturation(costs(), wave, 16, seed=1) < live_prediction.saturation(costs(), replace(wave, cpu_ns=0), 16, seed=1)
+
+
+def test_an_act_of_hostd_costs_what_it_spent_for_all() -> None:
+    told = [{"counters": {"acts": acts}, "hostd": {"spent_ns": spent}} for acts, spent in ((100, 2_000_000), (300, 6_000_000))]
+    assert live.enforcement(told, 50_000.0, 200.0) == live_prediction.Enforcement(50_000.0, 20_000.0, 200.0)
