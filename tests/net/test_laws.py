@@ -56,6 +56,14 @@ def test_equal_streams_give_equal_decisions(policy: str) -> None:
     assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compiled_and_plain_policies_decide_alike(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = np.array(drive(policy, seed=3, steps=60).made)
+    monkeypatch.setenv("WAVE_JIT", "0")
+    plain = np.array(drive(policy, seed=3, steps=60).made)
+    assert compiled.tobytes() == plain.tobytes()
+
+
 def test_jbsq_leaves_no_worker_idle_while_a_request_waits_and_none_beyond_its_bound() -> None:
     host = FakeHost("jbsq", workers=3, bound=2)
     for request in range(10):
