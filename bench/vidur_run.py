@@ -82,7 +82,8 @@ def main():
         ),
     )
     simulator = Simulator(config)
-    requests = sum(1 for _ in open(trace)) - 1
+    with open(trace) as file:
+        requests = sum(1 for _ in file) - 1
     batches = 0
     from vidur.events.batch_end_event import BatchEndEvent
 

@@ -65,6 +65,7 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
         """Nothing is known yet."""
         self.here: dict[int, Local] = {}
         self.requests: dict[int, Waiting] = {}
+        self.wanted: dict[int, int] = {}  # instances that can be given a batch, and when they said so
 
     # ── what the host tells ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -123,6 +124,11 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
         if request is None:
             return
         here = self.here[request.instance]
+        if msg.front:
+            request.computed = request.prompt
+            if request in here.queue:
+                here.queue.remove(request)
+            return
         if msg.tokens == 0:
             self._release(here, request, msg.time_ns)
         request.computed = msg.tokens
@@ -161,7 +167,17 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             here.tree.forget(node, device=msg.tier == serving.Tier.DEVICE, host=msg.tier == serving.Tier.HOST)
 
     def rank_failed(self, msg, txns):
-        self.here[msg.instance].cache_seq = msg.cache_seq
+        """What was under way is lost, and its requests come back; all KV on the device is given up."""
+        here = self.here[msg.instance]
+        here.cache_seq = msg.cache_seq
+        here.plans.clear()
+        serving.recover(txns, msg.instance, serving.Recovery.RECOMPUTE)
+
+    def recovered(self, msg, txns):
+        """Batches that were under way are lost; their requests have come back before this."""
+        here = self.here[msg.instance]
+        here.plans.clear()
+        here.device, here.free, here.cache_seq = msg.tokens, msg.free, msg.cache_seq
 
     def transfer_done(self, msg, txns):
         here = self.here[msg.instance]
@@ -218,14 +234,20 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             here.backlog += tokens
 
     def batch_wanted(self, msg, txns):
-        """The level-triggered question: form the best batch there is."""
+        """The level-triggered question. It is answered when the queue is drained, once, however often it was asked."""
         here = self.here[msg.instance]
         here.free, here.cache_seq = msg.free, msg.cache_seq
-        if here.plans and msg.front and not self.ahead:
-            return
-        plan = self.form(here, msg.time_ns, txns)
-        if plan is not None and plan.parts:
-            self._send(here, plan, txns, msg.time_ns)
+        if not (here.plans and msg.front and not self.ahead):
+            self.wanted[msg.instance] = msg.time_ns
+
+    def batch_end(self, msg, txns):
+        """Form the best batch there is."""
+        for number, asked_ns in self.wanted.items():
+            here = self.here[number]
+            plan = self.form(here, asked_ns, txns)
+            if plan is not None and plan.parts:
+                self._send(here, plan, txns, asked_ns)
+        self.wanted.clear()
 
     # ── how a batch is formed ────────────────────────────────────────────────────────────────────────────────────────
 

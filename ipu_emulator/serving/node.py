@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from waveos.ipu_emulator.serving.cost import Costs
+from waveos.errors import ConfigError
+from waveos.ipu_emulator.serving.cost import Costs, Sharding
+from waveos.ipu_emulator.serving.faults import recovery_s
 from waveos.serving import Placement, Recovery, Tier
 from waveos.serving.engine import Batch, Block, Request, Transfer
 from waveos.serving.mechanism import Mechanism
@@ -95,8 +97,10 @@ class Executor:
     steps: int = 0  # planned in it
     slowed: bool = False
     ticket: int = 0  # of the run's end; an older one means nothing
-    paused: bool = False
+    paused: bool = False  # a GPU was lost, or shards move
+    alive: int = 0
     decode_ns: int = 0
+    decoded: int = 0  # tokens
     iterations: int = 0  # of any kind
     batches: list[BatchRecord] = field(default_factory=list)
     ready_at: dict[int, tuple[int, int]] = field(default_factory=dict)  # transfer -> (begin, end)
@@ -109,13 +113,14 @@ class Node:
         self.clock = clock
         self.mechanism = Mechanism(self)
         self.executors = [
-            Executor(number, each, homes=[0] * each.sharding.ranks, home_counts=[0] * each.sharding.ranks) for number, each in enumerate(costs)
+            Executor(number, each, homes=[0] * each.sharding.ranks, home_counts=[0] * each.sharding.ranks, alive=each.sharding.ranks)
+            for number, each in enumerate(costs)
         ]
         self.on_first: Callable[[Request, int], None] = lambda request, now_ns: None
         self.on_done: Callable[[Request, int], None] = lambda request, now_ns: None
         self._order = 0
         for number, each in enumerate(costs):
-            self.mechanism.add_instance(number, each.sharding.ranks, each.pool_tokens, host_tokens[number], storage_tokens)
+            self.mechanism.add_instance(number, each.sharding.ranks, each.pool_tokens, host_tokens[number], storage_tokens, each.sharding.heads)
 
     # ── what the mechanism asks for ──────────────────────────────────────────────────────────────────────────────────
 
@@ -178,7 +183,7 @@ class Node:
         """Deal the heads anew. Only an idle instance can be placed: a model of what a restart does."""
         executor = self.executors[instance]
         costs = executor.costs
-        sharding = type(costs.sharding)(costs.sharding.heads, costs.sharding.ranks, placement)
+        sharding = Sharding(costs.sharding.heads, costs.sharding.ranks, placement)
         executor.costs = Costs(costs.gpu, costs.model, sharding, costs.plane, costs.constants)
         account = self.mechanism.instances[instance]
         pool = executor.costs.pool_tokens
@@ -186,8 +191,68 @@ class Node:
         account.capacity[int(Tier.DEVICE)] = pool
 
     def recover(self, instance: int, recovery: Recovery, running: Sequence[Request]) -> None:
-        """See `waveos.ipu_emulator.serving.faults`."""
-        raise NotImplementedError
+        """Run again on the ranks that are alive, once lost state is back; RECOMPUTE gives up all KV, and requests are prefilled anew."""
+        executor, before = self.executors[instance], self.executors[instance].costs
+        sharding = Sharding(before.sharding.heads, executor.alive, before.sharding.placement)
+        after = Costs(before.gpu, before.model, sharding, before.plane, before.constants)
+        lost = max(0, before.sharding.ranks - executor.alive)
+        self._sync()
+        self._pause(executor)
+        self.mechanism.halted(instance)
+        self.mechanism.lose(instance, list(self.mechanism.instances[instance].blocks), Tier.DEVICE)  # what nobody uses is not worth its transfer
+        used = sum(block.tokens for block in self.mechanism.instances[instance].blocks.values() if block.tiers & Tier.DEVICE)
+        used += sum(max(0, request.computed - sum(request.sizes[: request.locked])) for request in running)
+        lasts = round(recovery_s(recovery, before, after, used * before.kv_bytes * lost / before.sharding.ranks) * S)
+        self.clock.at(self.clock.now_ns + lasts, self._recovered, executor, after, recovery, list(running), lasts)
+
+    def _recovered(self, executor: Executor, costs: Costs, recovery: Recovery, running: list[Request], lasted_ns: int) -> None:
+        self._sync()
+        executor.costs, executor.paused = costs, False
+        counts = [0] * costs.sharding.ranks
+        executor.homes, executor.home_counts = list(counts), list(counts)
+        if recovery is Recovery.RECOMPUTE:
+            executor.ends, executor.decoding, executor.kv_tokens = [], 0, 0
+            for request in running:
+                self.mechanism.restart_prefill(request)
+            self.mechanism.lose(executor.number, list(self.mechanism.instances[executor.number].blocks), Tier.DEVICE)
+        for end, _, request in executor.ends:
+            rank = request.home % len(counts)
+            executor.homes[rank] += request.prompt + request.outputs - 1 - end
+            executor.home_counts[rank] += 1
+        self.mechanism.recovered(executor.number, costs.sharding.ranks, lasted_ns, costs.pool_tokens)
+        self._next(executor)
+
+    def _pause(self, executor: Executor) -> None:
+        """Whatever runs is lost: iterations of decode since the last whole one, and batches that are not done."""
+        if executor.paused:
+            return
+        executor.paused = True
+        executor.ticket += 1
+        if executor.running is None and executor.steps:
+            done = self._steps_by(executor, self.clock.now_ns) - 1
+            executor.decode_ns += self._run_ns(executor, done)
+            executor.iterations += done
+            self._advance(executor, done)
+        executor.staged = executor.running = None
+        executor.steps = 0
+
+    # ── what happens to them ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def fail(self, instance: int, rank: int) -> None:
+        """A GPU of the instance is lost. Raises ConfigError when it was the last."""
+        executor = self.executors[instance]
+        if executor.alive <= 1:
+            raise ConfigError(f"instance {instance} has lost its last GPU: its requests cannot be served")
+        self._sync()
+        self._pause(executor)
+        executor.alive -= 1
+        self.mechanism.rank_failed(instance, rank, executor.alive)
+
+    def come_back(self, instance: int, rank: int) -> None:
+        """A GPU can be used again; the policy says when."""
+        self._sync()
+        self.executors[instance].alive += 1
+        self.mechanism.rank_back(instance, rank, self.executors[instance].alive)
 
     # ── what the GPUs do ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -260,6 +325,8 @@ class Node:
         self.clock.at(end, self._prefilled, executor, batch)
 
     def _prefilled(self, executor: Executor, batch: Batch) -> None:
+        if executor.running is not batch:
+            return  # lost with a GPU
         self._sync()
         executor.running = None
         now = self.clock.now_ns
@@ -285,7 +352,9 @@ class Node:
 
     def _decode(self, executor: Executor, until_ns: int | None) -> None:
         """Begin a run of iterations, up to the first request's last token, or until the staged batch can begin."""
-        executor.begin_ns = self.clock.now_ns
+        executor.begin_ns, executor.steps = self.clock.now_ns, 0
+        if executor.paused:
+            return
         executor.slowed = executor.load.free_ns > self.clock.now_ns
         executor.steps = executor.ends[0][0] - executor.iteration
         if until_ns is not None:
@@ -343,12 +412,14 @@ class Node:
         self._sync()
         executor.decode_ns += self.clock.now_ns - executor.begin_ns
         executor.iterations += executor.steps
-        self._advance(executor, executor.steps)
+        steps, executor.steps = executor.steps, 0
+        self._advance(executor, steps)
         self._next(executor)
 
     def _advance(self, executor: Executor, steps: int) -> None:
         """So many iterations are done: every running request has as many tokens more; those that are complete leave."""
         executor.iteration += steps
+        executor.decoded += steps * executor.decoding
         executor.kv_tokens += steps * executor.decoding
         while executor.ends and executor.ends[0][0] <= executor.iteration:
             _, _, request = heapq.heappop(executor.ends)

@@ -24,6 +24,7 @@ from waveos.names import nearest
 from waveos.policy import load_policy
 from waveos.policy.plain import PlainRuntime
 from waveos.record import VERSION
+from waveos.serving import Placement
 from waveos.serving.engine import Block, Request
 
 S = 1_000_000_000
@@ -70,6 +71,7 @@ class Setup:
     link: str = "mount-evans"
     in_flight: int = 0
     host_bytes: float | None = None
+    placement: Placement = Placement.HYBRID
     constants: Constants = field(default_factory=load_constants)
 
 
@@ -116,7 +118,7 @@ class Simulation:
         self.setup, self.workload = setup, workload
         gpu, model = load_gpu(setup.gpu), load_model(setup.model)
         plane = DataPlane(**setup.system.plane)
-        sharding = Sharding(model.kv_heads, setup.ranks)
+        sharding = Sharding(model.kv_heads, setup.ranks, setup.placement)
         costs = [Costs(gpu, model, sharding, plane, setup.constants) for _ in range(setup.instances)]
         host_bytes = setup.constants.given.host_bytes if setup.host_bytes is None else setup.host_bytes
         host_tokens = min(2**31 - 1, int(host_bytes / costs[0].kv_bytes / setup.instances))
@@ -131,7 +133,7 @@ class Simulation:
         self._agent_ns = RECORD_NS / speed + link.agent_read_ns + link.agent_write_ns
         self._host_ns = link.host_write_ns + link.host_read_ns
         self._agent_free_ns = 0
-        self._pumping = False
+        self._begun = self._pumping = False
         self._arrived_ns: dict[int, int] = {}
         self._next = 0
         self.open = self.refused = 0
@@ -147,10 +149,8 @@ class Simulation:
     def run(self) -> Result:
         """All of the workload, to the last token."""
         begin = time.perf_counter()
-        self._arrivals()
-        self._pump()
-        while self.clock.step():
-            self._pump()
+        while self.step():
+            pass
         if self.mechanism.requests:
             stuck = next(iter(self.mechanism.requests.values()))
             raise ConfigError(
@@ -158,6 +158,18 @@ class Simulation:
                 f"the first of them {stuck.number} with {stuck.prompt} tokens"
             )
         return self._result(time.perf_counter() - begin)
+
+    def step(self) -> bool:
+        """Everything that is due at the next time, and what the agent says to it; False if nothing is left to happen."""
+        if not self._begun:
+            self._begun = True
+            self._arrivals()
+            self._pump()
+            return True
+        if not self.clock.step():
+            return False
+        self._pump()
+        return True
 
     # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -104,7 +104,10 @@ def test_kv_that_is_lost_in_mid_run_makes_batches_stale_and_no_request_suffers(p
 
 
 def test_equal_seeds_give_equal_runs():
-    runs = [simulate(Setup(load_system("strata"), in_flight=32), make_workload("reviewmt", 2.0, load_constants().fitted, queries=80, seed=3)) for _ in range(3)]
+    runs = [
+        simulate(Setup(load_system("strata"), in_flight=32), make_workload("reviewmt", 2.0, load_constants().fitted, queries=80, seed=3))
+        for _ in range(3)
+    ]
     assert all(np.array_equal(each.ttft_s, runs[0].ttft_s) and each.batches == runs[0].batches for each in runs)
 
 

@@ -206,14 +206,20 @@ def test_a_replay_tells_a_new_agent_everything_and_it_goes_on():
     host.arrive(3, [31])
     host.mechanism.replay()
     runtime = PlainRuntime(load_policy("fcfs_lru"))
-    decisions = runtime.feed(host.mechanism.take_messages())
+    end = np.zeros(1, serving.MESSAGE)
+    end["type"] = serving.Message.BATCH_END
+    decisions = runtime.feed(np.concatenate([host.mechanism.take_messages(), end]))
     parts = decisions[decisions["type"] == serving.Decision.PART]
     assert parts["request"].tolist() == [2, 3]
     assert parts["key"].tolist() == [200, 0]
     assert set(host.commit(decisions)) == {"COMMITTED"}
 
 
-@given(st.lists(st.tuples(st.sampled_from(["arrive", "batch", "run", "backup", "evict", "lose", "leave"]), st.integers(0, 5), st.integers(0, 3)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["arrive", "batch", "run", "backup", "evict", "lose", "leave"]), st.integers(0, 5), st.integers(0, 3)), max_size=60
+    )
+)
 @settings(max_examples=150, deadline=None)
 def test_no_order_of_events_loses_or_invents_memory(events):
     """Device memory as kept is what a count finds, after every step, whatever is decided; and a refused transaction changes nothing."""
@@ -236,7 +242,9 @@ def test_no_order_of_events_loses_or_invents_memory(events):
         elif what in ("backup", "evict") and blocks:
             key = blocks[which % len(blocks)]
             tier = Tier.HOST if more % 2 else Tier.DEVICE
-            told = host.order(lambda txns, key=key, tier=tier, what=what: (serving.evict if what == "evict" else serving.back_up)(txns, 0, [key], tier))
+            told = host.order(
+                lambda txns, key=key, tier=tier, what=what: (serving.evict if what == "evict" else serving.back_up)(txns, 0, [key], tier)
+            )
             if what == "backup" and told == ["COMMITTED"]:
                 host.mechanism.transfer_done(host.engine.transfers[-1])
         elif what == "lose" and blocks:
@@ -248,4 +256,6 @@ def test_no_order_of_events_loses_or_invents_memory(events):
         counted, kept = host.account()
         assert counted == kept
         assert kept >= 0
-        assert host.instance.waiting == sum(each.state == "waiting" or (each.state == "gone" and each.computed < each.prompt) for each in host.mechanism.requests.values())
+        assert host.instance.waiting == sum(
+            each.state == "waiting" or (each.state == "gone" and each.computed < each.prompt) for each in host.mechanism.requests.values()
+        )

@@ -55,6 +55,7 @@ class Instance:
     waiting: int = 0
     staged: Batch | None = None
     running: Batch | None = None
+    heads: int = 0  # of keys and values
     alive: bool = True  # False from the loss of a rank until it is recovered
     asked: bool = False  # a batch is wanted, and nothing has changed since that was said
 
@@ -83,11 +84,11 @@ class Mechanism:
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def add_instance(self, number: int, ranks: int, device_tokens: int, host_tokens: int, storage_tokens: int = 0) -> Instance:
+    def add_instance(self, number: int, ranks: int, device_tokens: int, host_tokens: int, storage_tokens: int = 0, heads: int = 0) -> Instance:
         """An instance with empty pools of these sizes."""
         pools = {DEVICE: device_tokens, HOST: host_tokens, STORAGE: storage_tokens}
-        instance = self.instances[number] = Instance(number, ranks, pools, dict(pools))
-        self._say(Message.INSTANCE_NEW, instance=number, count=ranks, tokens=device_tokens, free=host_tokens)
+        instance = self.instances[number] = Instance(number, ranks, pools, dict(pools), heads=heads)
+        self._say(Message.INSTANCE_NEW, instance=number, count=ranks, outputs=heads, tokens=device_tokens, free=host_tokens)
         return instance
 
     def arrive(self, number: int, prompt: int, outputs: int, blocks: Sequence[int], sizes: Sequence[int], instance: int = 0) -> Request:
@@ -197,8 +198,18 @@ class Mechanism:
     def rank_failed(self, number: int, rank: int, alive: int) -> None:
         """A GPU of the instance is gone, and a share of all KV on the device with it: every decision made before is stale."""
         instance = self.instances[number]
-        instance.alive, instance.cache_seq = False, instance.cache_seq + 1
+        instance.cache_seq += 1
         self._say(Message.RANK_FAILED, instance=number, rank=rank, count=alive, cache_seq=instance.cache_seq)
+        self.halted(number)
+
+    def halted(self, number: int) -> None:
+        """The instance runs nothing until it is recovered: what was staged or running is lost, and its requests wait again."""
+        instance = self.instances[number]
+        instance.alive = False
+        lost = [batch for batch in (instance.staged, instance.running) if batch is not None]
+        instance.staged = instance.running = None
+        for part in [part for batch in lost for part in batch.parts]:
+            self._take_back(instance, part)
 
     def rank_back(self, number: int, rank: int, alive: int) -> None:
         """A GPU can be used again, once the policy says so."""
@@ -212,13 +223,28 @@ class Mechanism:
         free = max(0, instance.free[DEVICE])
         self._say(Message.RECOVERED, instance=number, count=ranks, key=took_ns, tokens=device_tokens, free=free, cache_seq=instance.cache_seq)
 
+    def _take_back(self, instance: Instance, part: Part) -> None:
+        """A part that was staged or running when its batch was lost: its request waits again."""
+        request = part.request
+        request.chunks -= 1
+        if request.state == "gone":
+            if not request.chunks:
+                self._forget(instance, request)
+                self._say(Message.REQUEST_GONE, request=request.number, seq=request.seq, instance=instance.number, free=instance.free[DEVICE])
+        elif part.begin == request.hit and not request.chunks:
+            self.restart_prefill(request)
+        else:
+            instance.waiting += request.state == "prefilling"
+            request.computed, request.state, request.seq = part.begin, "waiting", request.seq + 1
+            self._say(Message.REQUEST_RETURNED, request=request.number, seq=request.seq, instance=instance.number, tokens=part.begin)
+
     def restart_prefill(self, request: Request) -> None:
         """Its KV is lost and nothing holds a copy: it waits again, from its first token."""
         instance = self.instances[request.instance]
         self._unlock(instance, request)
         instance.free[DEVICE] += request.reserved
+        instance.waiting += request.state != "waiting"
         request.reserved, request.computed, request.state, request.seq = 0, 0, "waiting", request.seq + 1
-        instance.waiting += 1
         instance.asked = False
         self._say(Message.REQUEST_RETURNED, request=request.number, seq=request.seq, instance=instance.number, tokens=0)
 
@@ -252,6 +278,7 @@ class Mechanism:
                 Message.INSTANCE_NEW,
                 instance=instance.number,
                 count=instance.ranks,
+                outputs=instance.heads,
                 tokens=instance.capacity[DEVICE],
                 free=instance.capacity[HOST],
                 cache_seq=instance.cache_seq,
@@ -325,6 +352,15 @@ class Mechanism:
         self._out.append(told.view(MESSAGE))
         if outcome is not Outcome.COMMITTED and rows[0][0] == Decision.EVICT:
             self._say_held(self.instances.get(rows[0][3]), rows[0][5])
+        if outcome is Outcome.STALE and rows[0][0] == Decision.FORM_BATCH:
+            for row in rows[1:]:
+                self._say_where(row[2])
+
+    def _say_where(self, number: int) -> None:
+        """How far a request is, for an agent that thinks otherwise: one before it may have begun it."""
+        if request := self.requests.get(number):
+            begun = request.state != "waiting"
+            self._say(Message.REQUEST_RETURNED, request=number, seq=request.seq, instance=request.instance, tokens=request.computed, front=begun)
 
     def _say_held(self, instance: Instance | None, key: int) -> None:
         """Where a block is held, for an agent that thinks it is not."""

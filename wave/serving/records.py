@@ -31,7 +31,7 @@ class Tier(Told):
 class Message(Told):
     """What the host tells the agent. A policy handles a message by a method of its lower-case name."""
 
-    INSTANCE_NEW = 1, "an engine instance: msg.count ranks, KV pools of msg.tokens on the device and msg.free in host memory"
+    INSTANCE_NEW = 1, "an engine instance: msg.count ranks, msg.outputs KV heads, KV pools of msg.tokens on the device and msg.free in host memory"
     REQUEST_ARRIVED = (
         2,
         "a request: msg.tokens of prompt, msg.outputs to generate at most; its context follows in msg.count records; front=1: it runs (replay)",
@@ -43,7 +43,7 @@ class Message(Told):
     TRANSFER_DONE = 7, "msg.tokens of a block (msg.key) or a request have reached msg.tier; 0 tokens: what was asked for could not be had"
     REQUEST_DONE = 8, "all tokens are generated; its KV stays as cache"
     REQUEST_GONE = 9, "the client left, or the request was refused; its KV stays as cache"
-    REQUEST_RETURNED = 10, "the request waits again from its token msg.tokens on: its batch aborted or its KV was lost"
+    REQUEST_RETURNED = 10, "the request waits from its token msg.tokens on: its batch aborted, or its KV was lost; front=1: it waits no more, it runs"
     KV_LOST = 11, "the host no longer holds block msg.key in msg.tier, and no decision asked for that; msg.cache_seq is the cache's new number"
     MEMORY_LEVEL = 12, "msg.free tokens are free in msg.tier"
     TIMER_EXPIRED = 13, "the timer numbered msg.seq that the policy set with txns.wake_after is past; msg.time_ns is the agent's clock"
