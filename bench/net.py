@@ -95,6 +95,7 @@ def _echo(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]:
     pps: dict[str, list[float]] = {}
     rtt_us: dict[str, list[float]] = {}
     flood: list[float] = []
+    shares: dict[str, list[tuple[float, float]]] = {}
     affinity = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(topology.network(f"bench-{os.getpid()}", direct=True))
@@ -133,11 +134,12 @@ def _echo(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]:
                 try:
                     with contextlib.ExitStack() as closing:
                         closing.callback(lambda: ports.pop(peer.port).close())  # noqa: B023
+                        before = peer.system_s(), os.times().system, time.monotonic()
                         pps.setdefault(peer.kind, []).append(turn(peer, options["seconds"], options["window"])[1])
-                        if peer.kind == "xsk":  # what the generator alone can do: nobody answers
-                            peer.stop()
-                            flood.append(turn(peer, options["seconds"] / 2, 1 << 40)[0])
-                            peer.go()
+                        span_s = time.monotonic() - before[2]
+                        shares.setdefault(peer.kind, []).append(((peer.system_s() - before[0]) / span_s, (os.times().system - before[1]) / span_s))
+                        if peer.kind == "xsk":  # without a window: as much as the generator can, answered or not
+                            flood.append(turn(peer, options["seconds"], 1 << 40)[0])
                     with contextlib.ExitStack() as closing:
                         closing.callback(lambda: ports.pop(peer.port).close())  # noqa: B023
                         trips = turn(peer, options["seconds"], 1)[2]
@@ -147,6 +149,7 @@ def _echo(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]:
                     peer.stop()
     for kind in pps:
         metrics[f"{kind}_pps"] = float(np.median(pps[kind]))
+        metrics[f"{kind}_server_kernel_share"], metrics[f"{kind}_generator_kernel_share"] = np.median(shares[kind], axis=0).tolist()
         metrics[f"{kind}_rtt_p50_us"] = float(np.median(rtt_us[kind])) if rtt_us.get(kind) else float("nan")
     metrics["generator_pps"] = float(np.median(flood))
     against_mmsg, against_socket = (float(np.median(np.array(pps["xsk"]) / np.array(pps[kind]))) for kind in ("mmsg", "socket"))
