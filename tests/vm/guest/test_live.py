@@ -1,0 +1,199 @@
+"""hostd with mechanism `sched_ext`, agentd as a process of its own, and real programs in the enclave: they finish, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from waveos.cli import run
+from waveos.errors import WaveError
+from waveos.host import doors, restore
+from waveos.host.sched import attributes
+
+STATE = Path("/sys/kernel/sched_ext/state")
+DEADLINE_S = 240.0  # a guest on a busy machine is slow; nothing here is a measurement
+WAVE = [sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys.exit(run(sys.argv[1:]))"]
+PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
+POLICIES = {"fifo": ["--policy", "fifo"], "shinjuku": ["--policy", "shinjuku", "--param", "quantum_us=20000"]}
+LOADS = {
+    "hackbench": ["hackbench", "--pipe", "--groups", "1", "--fds", "3", "--loops", "20"],
+    "stress-ng": [
+        "stress-ng",
+        "--cpu",
+        "2",
+        "--cpu-ops",
+        "20",
+        "--switch",
+        "1",
+        "--switch-ops",
+        "200",
+        "--fork",
+        "1",
+        "--fork-ops",
+        "5",
+        "--timeout",
+        "100",
+    ],
+}
+WORKERS = """
+import os, sys, time
+def work():
+    while not os.path.exists(sys.argv[1]):
+        for _ in range(20_000):
+            pass
+        time.sleep(0.001)
+children = [os.fork() for _ in range(3)]
+if 0 in children:
+    work()
+    os._exit(0)
+work()
+sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+"""
+"""Four processes that compute and sleep until a file is there; the status is 0 if all of them came to their end."""
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something to be true; what it was."""
+    end = time.monotonic() + DEADLINE_S
+    while not (found := condition()):
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
+    return found
+
+
+class World:
+    """The enclave of one test on CPU 1; its agent, hostd and the test share CPU 0."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self.folder, self.end = f"guest-{os.getpid()}", folder, folder.with_name("end")
+        self._processes: list[subprocess.Popen[Any]] = []
+
+    def start(self, command: list[str]) -> subprocess.Popen[Any]:
+        self._processes.append(subprocess.Popen(command))
+        return self._processes[-1]
+
+    def hostd(self, *arguments: str) -> subprocess.Popen[Any]:
+        place = ["--enclave", self.name, "--cpus", "1", "--hostd-cpu", "0", "--mechanism", "sched_ext", *PATIENT]
+        return self.start([*WAVE, "hostd", *place, *arguments])
+
+    def workers(self) -> subprocess.Popen[Any]:
+        return self.start([sys.executable, "-S", "-c", WORKERS, str(self.end)])
+
+    def status(self) -> dict[str, Any]:
+        try:
+            return doors.ask(self.name, {"do": "status"}, 30)
+        except WaveError:
+            return {}
+
+    def committed(self) -> int:
+        status = self.status()
+        return int(status["counters"]["outcomes"]["committed"]) if status.get("agent") else 0
+
+    def rules(self) -> dict[str, Any]:
+        """Wait until the agent's decisions are done, from now on."""
+        before = until(self.committed, "decisions are committed")
+        until(lambda: self.committed() > before + 20, "more decisions are committed")
+        return self.status()
+
+    def finish(self, process: subprocess.Popen[Any]) -> int:
+        """Let the workers come to their end; the status of whoever waits for them."""
+        self.end.touch()
+        return process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        self.end.touch()
+        for process in reversed(self._processes):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.terminate()
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setenv("WAVE_RUN", str(folder))
+    monkeypatch.setattr(restore, "RUN", folder)
+    os.sched_setaffinity(0, {0})
+    made = World(folder)
+    yield made
+    made.close()
+    os.sched_setaffinity(0, {0, 1})
+
+
+def nothing_is_left(world: World) -> None:
+    until(lambda: STATE.read_text().strip() == "disabled", "the scheduler is unregistered")
+    assert list(world.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_program_runs_to_its_end_under_a_policy(world, policy, load):
+    hostd = world.hostd(*POLICIES[policy], "--agent-core", "0", "--", *LOADS[load])
+    most = 0
+
+    def ended() -> bool:
+        nonlocal most
+        with contextlib.suppress(KeyError):
+            most = max(most, world.status()["counters"]["outcomes"]["committed"])
+        return hostd.poll() is not None
+
+    until(ended, f"{load} ends")
+    assert hostd.returncode == 0
+    assert most > 0, "no decision was ever committed"
+    nothing_is_left(world)
+
+
+def test_an_agent_that_is_killed_is_followed_by_another_and_all_finish(world):
+    hostd = world.hostd(*POLICIES["fifo"], "--agent-core", "0", "--", sys.executable, "-S", "-c", WORKERS, str(world.end))
+    for kills in (1, 2):
+        os.kill(world.rules()["agent"]["pid"], signal.SIGKILL)
+        until(lambda kills=kills: world.status().get("agents_lost") == kills, "hostd saw it die")
+    world.rules()
+    assert world.finish(hostd) == 0
+    nothing_is_left(world)
+
+
+def test_when_hostd_is_killed_the_kernel_has_its_threads_and_all_finish(world):
+    workers = world.workers()
+    before = attributes.read(workers.pid), attributes.affinity(workers.pid)
+    hostd = world.hostd(*POLICIES["fifo"], "--agent-core", "0", "--pids", str(workers.pid))
+    world.rules()
+    assert attributes.read(workers.pid).policy == "EXT"
+    hostd.kill()
+    hostd.wait()
+    until(lambda: STATE.read_text().strip() == "disabled", "the kernel took its scheduler down")
+    assert run(["restore"]) == 0
+    assert (attributes.read(workers.pid), attributes.affinity(workers.pid)) == before
+    assert world.finish(workers) == 0
+    nothing_is_left(world)
+
+
+def test_a_silent_agent_gives_way_to_fifo_then_to_the_kernel_and_takes_over_again_when_it_wakes(world):
+    workers = world.workers()
+    hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
+    agent = world.start([*WAVE, "agentd", f"shm://{world.folder}/{world.name}/agent.sock", "fifo", "--core", "0"])
+    world.rules()
+    agent.send_signal(signal.SIGSTOP)
+    until(lambda: world.status()["counters"]["fallbacks"] > 0, "the queue in the kernel took over")
+    until(lambda: STATE.read_text().strip() == "disabled", "the kernel's default took over")
+    ran = Path(f"/proc/{workers.pid}/schedstat").read_text()
+    until(lambda: Path(f"/proc/{workers.pid}/schedstat").read_text() != ran, "the threads go on")
+    agent.send_signal(signal.SIGCONT)
+    until(lambda: STATE.read_text().strip() == "enabled", "it is registered again")
+    world.rules()
+    assert world.finish(workers) == 0
+    hostd.wait(DEADLINE_S)
+    assert hostd.returncode == 0
+    nothing_is_left(world)
