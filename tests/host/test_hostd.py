@@ -20,7 +20,10 @@ from waveos.cli import run
 from waveos.errors import ConfigError
 from waveos.handover import hear, tell
 from waveos.host import doors, restore
+from waveos.host.enclave import CGROUPS
+from waveos.host.hostd import Hostd
 from waveos.host.sched import attributes
+from waveos.host.settings import read
 from waveos.policy import load_policy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hostd is root's")
@@ -216,22 +219,44 @@ def test_a_second_agent_is_refused_until_the_first_is_gone(world):
     world.goes_on()
 
 
-def test_a_user_who_may_not_is_refused_for_good(world, monkeypatch):
+def as_nobody(function: Callable[[], object]) -> str:
+    """What the function returns, or raises, in a process of the user nobody. (Forked: that user may not be able to run this Python.)"""
+    reads, writes = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os.write(writes, str(function()).encode())
+        except Exception as error:
+            os.write(writes, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    os.waitpid(child, 0)
+    with open(reads) as told:
+        return told.read()
+
+
+def test_a_user_who_may_not_is_refused_for_good(world):
     world.hostd("--no-agent")
     until(world.status)
-    world.folder.chmod(0o755)
-    for parent in world.folder.parents:
-        if parent.stat().st_uid == 0 and parent != Path("/") and not parent.stat().st_mode & 1:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    socket_path = world.folder / world.name / "agent.sock"
-    socket_path.chmod(0o666)
-    code = (
-        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
-        "from waveos.handover import hear, tell\nimport socket\n"
-        "line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); line.connect(sys.argv[1]); print(hear(line)[0])"
-    )
-    told = subprocess.run([sys.executable, "-P", "-c", code, str(socket_path)], capture_output=True, text=True, timeout=DEADLINE_S)
-    assert "user 65534" in told.stdout and "'final': True" in told.stdout, told.stderr
+    folder = os.open(world.folder / world.name, os.O_PATH)  # the way to it need not be open to everybody
+    try:
+        (world.folder / world.name / "agent.sock").chmod(0o666)
+        (world.folder / world.name / "control.sock").chmod(0o666)
+
+        def knock(door: str, kind: int) -> bytes:
+            with socket.socket(socket.AF_UNIX, kind) as line:
+                line.connect(f"/proc/self/fd/{folder}/{door}")
+                return line.recv(4_096)
+
+        told = as_nobody(lambda: json.loads(knock("agent.sock", socket.SOCK_SEQPACKET)))
+        assert "user 65534" in told and "'final': True" in told
+        assert "user 65534" in as_nobody(lambda: json.loads(knock("control.sock", socket.SOCK_STREAM))["error"])
+    finally:
+        os.close(folder)
+    assert world.status()["agents_refused"] == 1
 
 
 def test_an_agent_of_another_version_and_nonsense_are_refused_and_the_door_stays_open(world):
@@ -375,11 +400,43 @@ def test_an_enclave_that_has_an_owner_and_a_thread_that_has_an_enclave_are_refus
     assert world.nices() == [7, 7, 7]
 
 
-def test_without_root_it_is_one_line(world):
-    command = [sys.executable, "-P", *WAVE, "--enclave", "x", "--cpus", "0", "--pids", "1", "--no-agent"]
-    told = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, extra_groups=[], cwd="/", env={"HOME": "/tmp"})
-    assert told.stderr == "wave: hostd changes how threads are scheduled and loads BPF programs: run it as root, or let systemd start it\n"
-    assert told.returncode == 2
+def test_without_root_it_is_one_line():
+    settings = read(None, {"enclave": "x", "cpus": "0", "pids": [os.getpid()], "agent.start": False})
+    assert (
+        as_nobody(lambda: Hostd(settings))
+        == "hostd changes how threads are scheduled and loads BPF programs: run it as root, or let systemd start it"
+    )
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    hierarchy = next((CGROUPS / part for part in ("unified", "", "pids", "cpu") if (CGROUPS / part / "cgroup.procs").exists()), None)
+    if hierarchy is None:
+        pytest.skip("no cgroups are mounted here")
+    folder = hierarchy / f"wave-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    for pid in (folder / "cgroup.procs").read_text().split():
+        (hierarchy / "cgroup.procs").write_text(pid)
+    until(lambda: not (folder / "cgroup.procs").read_text())
+    folder.rmdir()
+
+
+def test_what_is_in_a_cgroup_is_in_the_enclave_and_what_leaves_it_is_as_it_was(world, cgroup):
+    before = world.nices()
+    for pid in world.sleepers[:2]:
+        (cgroup / "cgroup.procs").write_text(str(pid))
+    world.hostd("--no-agent", "--cgroup", str(cgroup), pids=[])
+    until(world.status)
+    assert world.nices() == [7, 7, before[2]]
+    (cgroup / "cgroup.procs").write_text(str(world.sleepers[2]))
+    until(lambda: world.nices() == [7, 7, 7])
+    (cgroup.parent / "cgroup.procs").write_text(str(world.sleepers[0]))
+    until(lambda: world.nices() == [before[0], 7, 7])
+
+
+def test_the_root_of_a_hierarchy_is_no_enclave(world, cgroup):
+    assert "holds every process of the machine" in said(world.hostd("--no-agent", "--cgroup", str(cgroup.parent), pids=[]))
 
 
 def test_hostd_keeps_no_more_than_it_needs(world):
