@@ -221,7 +221,7 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             if node := here.tree.nodes.get(key):
                 here.tree.forget(node, device=True)
         for request, begin, tokens in reversed(plan.parts):
-            fresh = begin + tokens == request.computed and request.number in self.requests and request.locked
+            fresh = begin + tokens == request.computed and request.number in self.requests
             if not fresh:
                 continue
             if not self._was_begun(here, request):
