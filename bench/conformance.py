@@ -1,9 +1,10 @@
 """Does every policy decide the same in every world: a recorded stream replayed through each link, compiled and as plain Python.
 
 The stream is what the emulator feeds the policy under a load with preemptions, batch ends included; its decisions are first made without any link. Then the
-same bytes go through the virtual link and, to a real agentd process, through shared memory, each with WAVE_JIT=1 and 0. `identical_share` is the share of these
-runs, four a policy, whose decisions are the same byte for byte. The stream ends with a resynchronisation that makes known decisions, so that a decision
-too many is seen as well as one too few.
+same bytes go through the virtual link and, to a real agentd process, through shared memory, each with WAVE_JIT=1 and 0: four runs a policy. Where this
+machine can (root, BTF, two CPUs) a real enclave runs under each policy, too. What its agent was told is replayed in the same way, and must give what it
+decided then: five runs more a policy. `identical_share` is the share of all these runs whose decisions are the same byte for byte. A stream ends with a
+resynchronisation that makes known decisions, so that a decision too many is seen as well as one too few.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from waveos import ring
+from waveos.bench.conformance_live import record_live, why_not
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, WaveError
 from waveos.link import MESSAGES, open_link
-from waveos.primitives import CoherentMemory
 from waveos.policy import load_policy, policy_names
+from waveos.primitives import CoherentMemory
 from waveos.record import VERSION
 from waveos.sched.records import DECISION, MESSAGE, SUBSYSTEM, Message
 from waveos.testing import Replayed, interpreted
@@ -30,9 +32,10 @@ OPTIONS = {
     "seed": (1, "of the load that is recorded"),
     "messages": (100_000, "messages of each policy's stream; batch ends are not counted"),
     "policies": ("", "some policies only, with commas between; by default all that are installed"),
-    "quick": (False, "streams of 5,000 messages: for CI"),
+    "live_s": (2.0, "seconds that a real enclave runs under each policy; 0: none does"),
+    "quick": (False, "streams of 5,000 messages, half a second live: for CI"),
 }
-QUICK_MESSAGES = 5_000
+QUICK_MESSAGES, QUICK_LIVE_S = 5_000, 0.5
 CPUS, THREADS, AHEAD = 8, 512, 1
 LOAD_PER_S = 120_000
 WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://"}
@@ -41,7 +44,7 @@ SILENCE_S = 30.0
 """An agent that answers nothing for so long is taken not to go on."""
 
 
-def run(seed: int = 1, messages: int = 100_000, policies: str = "", quick: bool = False) -> dict[str, Any]:
+def run(seed: int = 1, messages: int = 100_000, policies: str = "", live_s: float = 2.0, quick: bool = False) -> dict[str, Any]:
     """Record, replay and compare. Raises ConfigError on impossible options, PolicyError when a policy fails, LinkError when an agent dies."""
     names = [name.strip() for name in policies.split(",") if name.strip()] or policy_names("sched")
     count = min(messages, QUICK_MESSAGES) if quick else messages
@@ -53,13 +56,8 @@ def run(seed: int = 1, messages: int = 100_000, policies: str = "", quick: bool 
         stream = _with_end(record_stream(name, count, seed))
         expected = Replayed(load_policy(name), CPUS, THREADS, AHEAD).feed(stream)
         decisions += len(expected)
-        for world in WORLDS:
-            for form, context in (("compiled", contextlib.nullcontext), ("plain Python", interpreted)):
-                with context():
-                    got = replay(world, name, stream, len(expected))
-                run_name = f"{name}, {world}, {form}"
-                runs[run_name] = got.tobytes() == expected.tobytes()
-                print(f"{run_name}: {'identical' if runs[run_name] else describe_difference(got, expected)}", file=sys.stderr)
+        _replay_all(name, stream, expected, (CPUS, THREADS, AHEAD), runs)
+    live = _compare_live(names, min(live_s, QUICK_LIVE_S) if quick else live_s, runs)
     metrics = {
         "policies": len(names),
         "worlds": len(WORLDS),
@@ -67,8 +65,43 @@ def run(seed: int = 1, messages: int = 100_000, policies: str = "", quick: bool 
         "runs": len(runs),
         "messages": count,
         "decisions": decisions,
+        **live,
     }
     return {"name": "conformance", "metrics": metrics, "machine": describe_machine(), "timing": "none", "verdict": _conclude(runs, metrics)}
+
+
+def _replay_all(name: str, stream: Any, expected: Any, sizes: tuple[int, int, int], runs: dict[str, bool], what: str = "") -> None:
+    """The stream through each link, compiled and as plain Python."""
+    for world in WORLDS:
+        for form, context in (("compiled", contextlib.nullcontext), ("plain Python", interpreted)):
+            with context():
+                got = replay(world, name, stream, len(expected), *sizes)
+            _note(f"{name}{what}, {world}, {form}", got, expected, runs)
+
+
+def _note(run_name: str, got: Any, expected: Any, runs: dict[str, bool]) -> None:
+    runs[run_name] = got.tobytes() == expected.tobytes()
+    print(f"{run_name}: {'identical' if runs[run_name] else describe_difference(got, expected)}", file=sys.stderr)
+
+
+def _compare_live(names: list[str], each_s: float, runs: dict[str, bool]) -> dict[str, int]:
+    """What was told and decided on this kernel, decided again; figures about it."""
+    reason = "not asked for" if each_s <= 0 else why_not()
+    if reason:
+        print(f"live: nothing recorded: {reason}", file=sys.stderr)
+        return {"live_policies": 0, "live_messages": 0, "live_decisions": 0}
+    tapes = record_live(names, each_s)
+    if missing := [name for name in names if name not in tapes]:
+        raise WaveError(f"bench conformance: no tape of {', '.join(missing)}: the live enclave's agent was lost; is the machine overloaded?")
+    for name in names:
+        facts, told, decided = tapes[name]
+        sizes = facts["cpus"], facts["threads"], facts["ahead"]
+        stream = _with_end(told)
+        expected = Replayed(load_policy(name), *sizes).feed(stream)
+        _note(f"{name} on this kernel, decided again", expected[: len(decided)], decided, runs)
+        _replay_all(name, stream, expected, sizes, runs, " on this kernel")
+    counted = [int((tapes[name][1]["type"] != Message.BATCH_END).sum()) for name in names]
+    return {"live_policies": len(names), "live_messages": sum(counted), "live_decisions": sum(len(tapes[name][2]) for name in names)}
 
 
 def _conclude(runs: dict[str, bool], metrics: dict[str, Any]) -> str:
@@ -76,8 +109,10 @@ def _conclude(runs: dict[str, bool], metrics: dict[str, Any]) -> str:
     other = [name for name, same in runs.items() if not same]
     if other:
         return f"does not reach what was asked: decisions differ in {len(other)} of {len(runs)} runs: {'; '.join(other)}"
+    live = f", {metrics['live_decisions']} on {metrics['live_messages']} messages of this kernel" if metrics["live_policies"] else ""
     return (
-        f"reaches what was asked: {metrics['decisions']} decisions on {metrics['messages']} messages a policy, the same bytes in all {len(runs)} runs"
+        f"reaches what was asked: {metrics['decisions']} decisions on {metrics['messages']} messages a policy{live}, "
+        f"the same bytes in all {len(runs)} runs"
     )
 
 
@@ -110,12 +145,12 @@ def _with_end(stream: Any) -> Any:
     return np.concatenate([stream, end])
 
 
-def replay(world: str, policy: str, stream: Any, expected: int) -> Any:
+def replay(world: str, policy: str, stream: Any, expected: int, cpus: int = CPUS, threads: int = THREADS, ahead: int = AHEAD) -> Any:
     """The decisions that an agent of that world makes on the stream, [n] DECISION: `expected` of them, or more, or fewer if it falls silent."""
     url = WORLDS[world] if world == "virtual" else f"{WORLDS[world]}conformance-{os.getpid()}"
     host: Any = open_link(url, side="host")
     try:
-        host.start_wave_agent(policy, "--replay", "--cpus", str(CPUS), "--threads", str(THREADS), "--ahead", str(AHEAD))
+        host.start_wave_agent(policy, "--replay", "--cpus", str(cpus), "--threads", str(threads), "--ahead", str(ahead))
         host.await_agent(SILENCE_S)
         pieces, sent, got = [np.zeros(0, DECISION)], 0, 0
         heard_s = time.monotonic()

@@ -50,17 +50,17 @@ def test_the_recorded_load_preempts_and_its_length_is_what_was_asked():
 
 
 def test_the_benchmark_counts_what_is_not_the_same(monkeypatch, capsys):
-    def with_one_thread_changed(world, policy, stream, expected):
-        got = replay(world, policy, stream, expected)
+    def with_one_thread_changed(world, policy, stream, expected, *sizes):
+        got = replay(world, policy, stream, expected, *sizes)
         got["tid"][7] ^= 1
         return got
 
     replay = conformance.replay
     assert conformance.WORLDS.keys() == {"virtual", "shm"}
     monkeypatch.setattr(conformance, "WORLDS", {"virtual": conformance.WORLDS["virtual"]})
-    assert conformance.run(messages=200, policies="fifo")["metrics"]["identical_share"] == 1.0
+    assert conformance.run(messages=200, policies="fifo", live_s=0)["metrics"]["identical_share"] == 1.0
     monkeypatch.setattr(conformance, "replay", with_one_thread_changed)
-    result = conformance.run(messages=200, policies="fifo")
+    result = conformance.run(messages=200, policies="fifo", live_s=0)
     assert result["metrics"]["identical_share"] == 0.0
     assert result["verdict"].startswith("does not reach")
     assert "decision 7 of" in capsys.readouterr().err
