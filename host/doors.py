@@ -157,6 +157,8 @@ class AgentDoor:
             answered(None)
             return
         self._asked[about].append(answered)
+        if about == "report" and len(self._asked[about]) > 1:
+            return  # one report answers all who ask meanwhile, however many they are
         try:
             tell(self._line, request)
         except LinkError:
@@ -193,9 +195,12 @@ class Client:
         self.line, self.peer, self.heard = line, peer, b""
 
     def answer(self, message: Message) -> None:
-        """One line. A client that does not read loses its answer."""
-        with contextlib.suppress(OSError):
+        """One line. A client that does not read its answers is shown out."""
+        try:
             self.line.sendall(json.dumps(message, default=_plain).encode() + b"\n")
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.line.shutdown(socket.SHUT_RDWR)  # the next that is heard of it is its end
 
 
 class ControlDoor:
