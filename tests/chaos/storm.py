@@ -316,6 +316,7 @@ def main() -> int:
     if reason := why_not():
         print(f"chaos: not here: {reason}", file=sys.stderr)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is put back then, too
     print(f"chaos: seed {seed}, {told.agent_kills} kills of agentd, {told.hostd_kills} of hostd", file=sys.stderr)
     began = time.monotonic()
     objects, shared = bpf_objects(), set(os.listdir("/dev/shm"))
