@@ -7,8 +7,10 @@ then each reports what became of it, as if it had run here. Without the option t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -78,6 +80,7 @@ class Run:
             command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
             try:
                 chosen = kernel(self.series)
+                _compile()
                 ended = run(
                     chosen,
                     [*command, f"--reports-to={file}", f"@{tests}"],
@@ -100,6 +103,13 @@ class Run:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         terminal.ensure_newline()
         terminal.write_line(f"guest: {line}")
+
+
+@functools.cache
+def _compile() -> None:
+    done = subprocess.run([sys.executable, "-P", str(HERE / "compiled.py")], env={**os.environ, **COMPILED}, capture_output=True, text=True)
+    if done.returncode:
+        pytest.exit(f"tests in guests: what runs in there does not compile out here:\n{done.stderr}", returncode=1)
 
 
 class InGuest(pytest.Item):
@@ -134,18 +144,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 COMPILED = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 """What is compiled outside runs inside as well: for no processor in particular, so that it is found in the cache."""
 
-_config: list[pytest.Config] = []
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    _config[:] = [config]
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    config = _config[0]
     if file := config.getoption("--reports-to", None):
-        line = json.dumps(config.hook.pytest_report_to_serializable(config=config, report=report), default=str)
-        with open(file, "a") as reports:
+        config.pluginmanager.register(Reports(config, Path(file)))  # for all tests, not for those beside this file alone
+
+
+class Reports:
+    """Writes each report when it is made."""
+
+    def __init__(self, config: pytest.Config, file: Path):
+        self._config = config
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        line = json.dumps(self._config.hook.pytest_report_to_serializable(config=self._config, report=report), default=str)
+        with self._file.open("a") as reports:
             reports.write(line + "\n")
             reports.flush()
             os.fsync(reports.fileno())
