@@ -70,6 +70,7 @@ class Storm:
         self.counts = dict.fromkeys(
             (
                 "agent_kills",
+                "attached_kills",
                 "hostd_kills",
                 "both_kills",
                 "agent_stops",
@@ -162,6 +163,15 @@ class Storm:
         told = self.world.ask("status", 1.0)
         return told["agent"]["pid"] if told and told.get("agent") else None
 
+    def _await_attached(self) -> int:
+        """The same, once there is one."""
+
+        def there() -> int | None:
+            self.supervise()
+            return self.attached()
+
+        return int(until(there, "an agent is attached"))
+
     def _kill(self, process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
         self._killed.add(process.pid)
         process.send_signal(number)
@@ -180,10 +190,11 @@ class Storm:
 
     def kill_agent(self) -> None:
         """The one that decides, mostly; else one that waits, or begins."""
-        pid = self.attached() if self.rng.random() < 0.8 else None
+        pid = self._await_attached() if self.rng.random() < 0.8 else None
         victim = next((each for each in self.agents if each.pid == pid), self.rng.choice(self.agents))
         if victim.pid == pid:
             self._window(lambda: self._kill(victim), "agent_kill")
+            self.counts["attached_kills"] += 1
         else:
             self._kill(victim)
         victim.wait()
@@ -220,11 +231,12 @@ class Storm:
 
     def stop_agent(self) -> None:
         """It hangs for a while."""
-        if (pid := self.attached()) and (victim := next((each for each in self.agents if each.pid == pid), None)):
-            victim.send_signal(signal.SIGSTOP)
-            time.sleep(self.rng.uniform(0.005, 1.5))
-            victim.send_signal(signal.SIGCONT)
-            self.counts["agent_stops"] += 1
+        pid = self._await_attached()
+        victim = next(each for each in self.agents if each.pid == pid)
+        victim.send_signal(signal.SIGSTOP)
+        time.sleep(self.rng.uniform(0.005, 1.5))
+        victim.send_signal(signal.SIGCONT)
+        self.counts["agent_stops"] += 1
 
     def stop_hostd(self) -> None:
         """It hangs for 300 ms."""
@@ -236,6 +248,7 @@ class Storm:
 
     def change_policies(self) -> None:
         """Another policy every 100 ms."""
+        self._await_attached()
         for _ in range(5):
             policy, params = self.rng.choice(POLICIES)
             told = self.world.ask("set-policy", 30.0, policy=policy, params=params)
@@ -261,7 +274,7 @@ class Storm:
     def subside(self) -> None:
         """A last agent runs the members on; then hostd is stopped, all is as it was, and every worker finishes its work."""
         self.supervise()
-        until(self.attached, "an agent is attached at the end")
+        self._await_attached()
         marks = [self.world.word(each, COUNT) for each in self.world.workers]
         until(lambda: all(self.world.word(w, COUNT) > m + 3 for w, m in zip(self.world.workers, marks, strict=True)) or self.watch.stuck, "all go on")
         self.status = self.world.ask("status") or {}
