@@ -304,7 +304,7 @@ def _theory(metrics: dict[str, Any], seed: int, load: float = 0.7, workers: int 
     for name, (service, request_class) in cases.items():
         for policy, params in (("rss", {}), ("jbsq", {"bound": 1.0})):
             setup = Setup(policy, workers, [request_class], params=params, flows=1 << 22)
-            n = 3 * requests if name == "bimodal" else requests
+            n = 5 * requests if name == "bimodal" else requests
             means = np.array([simulate(setup, rate, requests=n, seed=seed + k).mean_us for k in range(runs)])
             if policy == "rss":
                 truth = np.array([formulas.fcfs_mean(service, rate / workers) / 1e-6])
