@@ -10,6 +10,7 @@ the cache is used without asking the mirror again; to have a newer one, delete i
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -156,10 +157,22 @@ class _Apt:
         return match[1] if match else "0"
 
     def download(self, packages: list[str], folder: Path) -> list[Path]:
-        """apt goes on where it was cut off, and checks size and hash of each file, also of one that is there already."""
+        """apt goes on where it was cut off. It takes a file of the right size for the right one, so their hashes are checked here."""
         folder.mkdir(exist_ok=True)
-        self._call("apt-get", "download", "-q", *packages, cwd=folder)
-        return [next(folder.glob(f"{name}_*.deb")) for name in packages]
+        for _ in range(2):
+            self._call("apt-get", "download", "-q", *packages, cwd=folder)
+            files = {name: next(folder.glob(f"{name}_*.deb")) for name in packages}
+            spoiled = [file for name, file in files.items() if _hash(file) != self._field(name, "SHA256")]
+            if not spoiled:
+                return list(files.values())
+            for file in spoiled:
+                file.unlink()
+        raise MissingError(f"{', '.join(file.name for file in spoiled)}: not what the mirror's signed list says, twice; try again later")
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _mirror() -> str:
