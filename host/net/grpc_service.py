@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent import futures
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,9 @@ def _listening(port: int) -> int:
 
 def _import_grpc() -> Any:
     try:
-        import grpc
+        return import_module("grpc")
     except ImportError:
         raise MissingError("the gRPC service needs grpcio, which is not installed: pip install 'waveos[host]'") from None
-    return grpc
 
 
 def _main() -> None:
