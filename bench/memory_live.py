@@ -33,7 +33,7 @@ from waveos.host.restore import Journal
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 ATTACH_S = 90.0
-SETTLE_S = 24.0
+SETTLE_S = 20.0
 """After the agent has come, not counted: the policy learns what is hot."""
 BATCH_KIB = 2_048
 PASS_MS = 2_400.0
