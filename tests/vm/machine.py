@@ -8,6 +8,7 @@ shared folder, not through the console. Everything is some 10 to 20 times slower
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import select
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ from kernels import Kernel
 
 from waveos.errors import MissingError
 
-BOOT_S = 150
+BOOT_S = 240
 """A guest that has not begun with the command by then hangs. Alone on the machine it takes 10 s."""
 
 # What costs an emulated kernel most and protects nothing here: memory zeroed when it is taken, copies checked, detours around faults of processors
@@ -175,7 +177,9 @@ def _started(call: list[str], share: Path) -> Iterator[int]:
     scratch = share / "scratch"
     scratch.mkdir(exist_ok=True)
     surroundings = {**os.environ, "TMPDIR": str(scratch), "PATH": f"{_vng().parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-    process = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=surroundings)
+    process = subprocess.Popen(
+        call, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_hang_up_with_us, env=surroundings
+    )
     os.close(theirs)
     try:
         yield ours
@@ -185,6 +189,11 @@ def _started(call: list[str], share: Path) -> Iterator[int]:
         process.wait()
         os.close(ours)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _hang_up_with_us() -> None:
+    """Make the terminal that of the session: if this process dies, however it dies, the kernel hangs up on QEMU, which then ends."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _read(terminal: int) -> str | None:

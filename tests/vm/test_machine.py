@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -119,9 +122,9 @@ def kernel(request) -> kernels.Kernel:
     return found[0]
 
 
-def left_over() -> list[str]:
-    """Processes of this one's guests."""
-    mine = f"wave-guest-{os.getpid()}".encode()
+def left_over(owner: int) -> list[str]:
+    """Processes of guests that this process started."""
+    mine = f"wave-guest-{owner}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -142,7 +145,7 @@ def test_a_guest_sees_this_machines_files_and_leaves_none_of_its_own(kernel, tmp
     assert (ended.code, ended.output.split("\n")) == (7, ["as it was" + kernel.version, "two words", ""]), ended.console[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     assert (tmp_path / "theirs").read_text() == "as it was"
-    assert not left_over()
+    assert not left_over(os.getpid())
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_a_guest_that_does_not_end_is_stopped_and_its_share_tells_how_far_it_cam
     assert ended.code is None
     assert ended.output == "before\n"
     assert str(ended) == "it was stopped, or it died"
-    assert not left_over()
+    assert not left_over(os.getpid())
     assert not (tmp_path / "scratch").exists()
 
 
@@ -160,3 +163,18 @@ def test_a_kernel_that_panics_is_told_as_such_and_is_not_tried_again(kernel):
     ended = machine.run(kernel, ["/bin/sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"], timeout_s=200)
     assert ended.code is None
     assert str(ended) == "the kernel panicked"
+
+
+def test_a_guest_ends_with_the_process_that_started_it_however_that_ends(kernel, tmp_path):
+    owner = subprocess.Popen([sys.executable, machine.__file__, kernel.series, "sleep", "1000"], env={**os.environ, "TMPDIR": str(tmp_path)})
+    until(lambda: any("qemu" in command for command in left_over(owner.pid)))
+    owner.kill()
+    owner.wait()
+    until(lambda: not left_over(owner.pid))
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
