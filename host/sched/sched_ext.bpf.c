@@ -3,7 +3,34 @@
  * A thread that becomes runnable is reported and held. A CPU that needs a thread takes the first decision staged for it that holds, checked under
  * the lock; if there is none it reports itself idle, and the agent's next decision rings its doorbell: hostd runs `attend`, which kicks the
  * CPU. Without an agent - none yet, silent, or messages were lost - threads go through one FIFO queue of the kernel's, so none is ever stuck.
- * A thread runs until it blocks or a decision preempts it. The fair class and above may take the CPU from it at any time (cpu_taken).
+ * A thread runs until it blocks or a decision preempts it.
+ *
+ * Partial mode. The scheduler is loaded with SWITCH_PARTIAL: it has the threads whose policy is SCHED_EXT, and hostd gives that to members alone. Their
+ * class stands below the fair one, so any ordinary thread may take an enclave's CPU at any time (CPU_TAKEN, CPU_BACK): keep others off it. The committed
+ * thread stays the CPU's meanwhile, and goes on afterwards.
+ *
+ * Order of the kernel's calls, for one thread: enable, set_weight, set_cpumask; then again and again runnable, enqueue, (dispatch,) running, tick...,
+ * stopping, quiescent; at last disable. A change of class, weight or affinity takes a queued thread out and puts it back: quiescent without SLEEP, runnable,
+ * enqueue, which is no news to the agent. A thread that joins while it is on a CPU begins with `running`; one that blocks has `stopping` before `quiescent`, so
+ * its CPU time is whole when the agent hears of it. All of these hold the lock of the thread's run queue, and take ours inside it; timer and syscall programs
+ * hold no run queue's lock. Where ours is held nothing of the kernel's is called, so there is one order of locks.
+ *
+ * Queues. Held threads stand in HELD, a queue of the scheduler's own. A decision does not insert its thread into a CPU's local queue: the thread may have been
+ * bound elsewhere since it was checked (affinity is the kernel's, and changes under another lock), and a scheduler that sends a thread to the local queue of a CPU
+ * it may not use is ended on the spot. So it goes from HELD to a queue of that CPU, which only that CPU consumes, and the kernel passes over who may not run there;
+ * then it goes back, and its decision ends as a preemption.
+ *
+ * Races, and who wins.
+ * - A decision is taken up between `runnable` and `enqueue`: the thread is not in HELD yet, `bring` fails, the agent hears PREEMPTED and decides again.
+ * - The committed thread is not there when its CPU looks (a higher class had the CPU and it was put back, or it was bound elsewhere): it is brought again, or else
+ *   given up as preempted.
+ * - The kernel runs a thread that nobody decided on: one that exits, or may not migrate now, goes straight to its CPU. It is a stray: its slice is 0, so it
+ *   is back in HELD at the next tick, and what was committed there is told as preempted.
+ * - A thread exits: the agent hears of it when it leaves its CPU for the last time; `disable` comes with its last reference, and may find its number given away.
+ * - Agents come and go under the lock; a decision made for another generation of the ring has another mark.
+ *
+ * The kernel's own watch (timeout_ms, 30 s is the most it allows) ends a scheduler under which a runnable thread has waited so long, whoever
+ * decided that. hostd then lets the threads be, says why, and registers anew for the agent that comes back.
  */
 #include "wave.bpf.h"
 #include "scx.h"
