@@ -4,8 +4,13 @@
  * When it puts a thread on a CPU and the decision at the head of that CPU's queue names the same thread, the decision is committed here, at no cost.
  * When it picks another (the policy has an order of its own), or a preemption is asked for, hostd is woken; it moves a thread to the head or the tail
  * of the kernel's queue by raising or lowering its priority for a moment. Nothing here changes who runs.
+ *
+ * A thread that runs undecided (a stray) is left alone for its first grace_ns: most are done by then, and an agent that is a little late would have
+ * hostd take the CPU for longer than they do.
  */
 #include "wave.bpf.h"
+
+u64 grace_ns = 50000; /* set by hostd */
 
 #define TASK_DEAD 0x80 /* linux/sched.h */
 
@@ -24,6 +29,14 @@ struct acts {
 };
 struct acts acts SEC(".bss.acts");
 
+/* The stray of a CPU has run for longer than is let pass. */
+static __always_inline bool lingers(struct cpu *c, u64 now)
+{
+	struct thread *t = thread_at(c->stray);
+
+	return t->ran_ns + (now - t->since_ns) >= grace_ns;
+}
+
 /* A thread that no decision put there is on the CPU: is it what was decided? True if hostd must step in. */
 static __always_inline bool compare(u32 cpu, u64 now)
 {
@@ -41,7 +54,7 @@ static __always_inline bool compare(u32 cpu, u64 now)
 		commit(d, cpu, now);
 		return false;
 	}
-	if (c->deviates)
+	if (c->deviates || !lingers(c, now))
 		return false;
 	c->deviates = 1;
 	host.deviations++;
@@ -163,7 +176,6 @@ int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_stru
 static __always_inline int woken(struct task_struct *task)
 {
 	s32 tid = member_of(task);
-	u32 taken;
 	u64 now;
 
 	if (tid < 0)
@@ -172,9 +184,9 @@ static __always_inline int woken(struct task_struct *task)
 	bpf_spin_lock(&lock);
 	if (thread_at(tid)->state == BLOCKED && !thread_at(tid)->dying)
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
-	taken = drain(now);
+	drain(now);
 	bpf_spin_unlock(&lock);
-	if (taken && settle(now))
+	if (settle(now))
 		notify(EVENT_ATTEND, 0, NOBODY);
 	return 0;
 }
@@ -237,7 +249,7 @@ int attend(void *context)
 			d = first(cpu, now);
 			if (d && d->tid == c->stray)
 				commit(d, cpu, now);
-			else if (d && (c->stray >= 0 || host.cpus > 1))
+			else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1))
 				order(ACT_HEAD, d->tid, cpu);
 		}
 		c->deviates = 0;

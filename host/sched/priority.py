@@ -26,18 +26,22 @@ TAIL = 1
 
 
 class Priority(Governor):
-    """See `Mechanism` and `Governor`. `priority`: the threads', 2 to 97; hostd's own must be higher."""
+    """See `Mechanism` and `Governor`. `priority`: the threads', 2 to 97; hostd's own must be higher. `grace_us`: how long a thread may run that the
+    kernel put on its CPU in another's stead; 0: not at all, which costs hostd a turn each time."""
 
     name = "priority"
     bell = PREEMPT
 
-    def __init__(self, enclave: Any, journal: Any, *, priority: int = 20, silent_ms: float = 20, default_ms: float = 1_000) -> None:
+    def __init__(
+        self, enclave: Any, journal: Any, *, priority: int = 20, grace_us: float = 50, silent_ms: float = 20, default_ms: float = 1_000
+    ) -> None:
         if not 2 <= priority <= 97:
             raise ConfigError(f"priority {priority}: real-time priorities of an enclave's threads are 2 to 97")
         member, low, high = (attributes.Attributes("FIFO", priority + step, flags=attributes.RESET_ON_FORK) for step in (0, -1, 1))
         self._low, self._high = attributes.prepare(low), attributes.prepare(high)
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
+            self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
             self._acts: Any = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(ACTS)[0]
             self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit")
         except BaseException:
