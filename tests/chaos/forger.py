@@ -57,7 +57,7 @@ def main(path: str, count: int, seed: int) -> None:
     messages, txns = (np.frombuffer(mmap.mmap(fd, size // 8 * 8), np.int64) for fd, size in zip((up, down), sizes, strict=True))
     capacity = 1 << (int(txns[ring.IDENTITY_AT]) >> 24 & 0xFF)
     slots = txns[ring.HEADER_WORDS : ring.HEADER_WORDS + capacity * ring.LINE_WORDS].reshape(capacity, ring.LINE_WORDS)
-    sent, end, old = 0, time.monotonic() + 120, forge(rng, 1, np.zeros(0))
+    sent, end, old = 0, time.monotonic() + 300, forge(rng, 1, np.zeros(0))
     while sent < count and time.monotonic() < end:
         txns[ring.HEARTBEAT_AT] = time.monotonic_ns()
         messages[ring.CREDIT_AT] = rng.integers(-(1 << 63), 1 << 63)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from world import COUNT, GAP, Worker, World, bpf_objects, scheduling, until, why_not
@@ -32,6 +33,13 @@ POLICIES = (("fifo", {}), ("shinjuku", {"quantum_us": 500}), ("round_robin", {"q
 
 class Broken(Exception):
     """A claim does not hold."""
+
+
+def stopped(pid: int) -> bool:
+    """Somebody has stopped the process, and not us."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 class Watch(threading.Thread):
@@ -52,7 +60,7 @@ class Watch(threading.Thread):
             for worker in self.world.workers:
                 count = self.world.word(worker, COUNT)
                 last, since = seen.get(worker.name, (-1, now))
-                if count != last or late:
+                if count != last or late or stopped(worker.pid):
                     seen[worker.name] = (count, now)
                     since = since if count != last else now
                 self.longest_ms[worker.kind] = max(self.longest_ms.get(worker.kind, 0.0), (now - since) * 1_000)

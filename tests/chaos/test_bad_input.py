@@ -96,18 +96,18 @@ def test_what_the_machine_lacks_is_said_in_a_line_and_nothing_has_changed(world:
 def test_a_million_forged_decisions_are_refused_and_counted_and_nothing_outside_has_changed(world: World) -> None:
     bystander = world.start(["sleep", "1000"])
     os.setpriority(os.PRIO_PROCESS, bystander.pid, 3)
-    outside = {pid: scheduling(pid) for pid in (bystander.pid, os.getpid())}
+    outside = {pid: scheduling(pid)[pid] for pid in (bystander.pid, os.getpid())}
     before = {each.pid: scheduling(each.pid) for each in world.workers}
     hostd = world.hostd("--no-agent")
     until(lambda: world.ask("status"), "hostd answers")
     socket_path = world.run / world.name / "agent.sock"
     forger = world.start([sys.executable, "-P", str(HERE / "forger.py"), str(socket_path), "1000000", "1"], stdout=subprocess.PIPE, text=True)
-    taken = int(forger.communicate(timeout=200)[0])
+    taken = int(forger.communicate(timeout=400)[0])
     counters = world.ask("status")["counters"]
     assert taken >= 990_000 and counters["decisions"] >= taken
     refused = {name: n for name, n in counters["outcomes"].items() if name != "committed"}
     assert all(refused[name] > 0 for name in ("invalid", "not_in_enclave", "stale")), refused
-    assert {pid: scheduling(pid) for pid in outside} == outside
+    assert {pid: scheduling(pid)[pid] for pid in outside} == outside
     goes_on(world)
     world.agent("fifo")
     until(lambda: is_attached(world), "an honest agent takes its place")
@@ -126,11 +126,11 @@ def test_a_policy_that_floods_is_stopped_with_one_line_or_congested_and_the_memb
     flood = tmp_path / "flood.py"
     flood.write_text(FLOOD.format(orders=5_000))
     agent = world.agent(str(flood), log="flood.log")
-    assert agent.wait(100) == 2
+    assert agent.wait(100) == 3
     told = world.log("flood.log")
-    assert told.count("\n") == 1 and "more than 4096 decisions in one batch; a policy that floods is stopped" in told, told
+    assert told.count("\n") == 1 and "too many orders from one handler call" in told, told
     goes_on(world)
-    flood.write_text(FLOOD.format(orders=100))
+    flood.write_text(FLOOD.format(orders=60))
     agent = world.agent(str(flood), log="flood.log")
     until(lambda: is_attached(world), "it is attached")
     goes_on(world)
@@ -154,7 +154,8 @@ def test_control_clients_that_send_garbage_or_never_read_keep_nobody_from_being_
     garbage.settimeout(20)
     garbage.connect(path)
     garbage.sendall(os.urandom(2_000).replace(b"\n", b" ") + b"\n")
-    assert not json.loads(garbage.makefile().readline())["ok"]
+    with garbage.makefile() as answers:
+        assert not json.loads(answers.readline())["ok"]
     endless = socket.socket(socket.AF_UNIX)
     endless.settimeout(20)
     endless.connect(path)
@@ -171,11 +172,12 @@ def test_control_clients_that_send_garbage_or_never_read_keep_nobody_from_being_
     twice.sendall(b'{"do": "status"}\n{"do": "status"}\n')
     answers = twice.makefile()
     assert [json.loads(answers.readline())["enclave"] for _ in range(2)] == [world.name] * 2
+    answers.close()
     for each in (deaf, garbage, endless, half, twice):
         each.close()
     assert hostd.poll() is None and "Traceback" not in world.log("hostd.log")
     told = world.ask("status")
-    assert told["agent"]["pid"] == agent.pid and told["attachments"] == 1, "the agent is none the worse for it"
+    assert told["agent"] and told["agent"]["pid"] == agent.pid and told["attachments"] == 1, f"{agent.poll()}, {world.log('agentd.log')}, {told}"
     goes_on(world)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ WORKERS = HERE / "workers.py"
 WORDS, SLOTS = 8, 32
 COUNT, LAST, GAP = range(3)
 PATIENCE_S = 60.0
+_HELD = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.MULTILINE)
 
 
 def why_not() -> str | None:
@@ -59,19 +61,18 @@ def scheduling(pid: int) -> dict[int, tuple[Any, ...]]:
 
 
 def bpf_objects() -> set[tuple[str, int]]:
-    """Programs, maps and links in this kernel that no living process but ours accounts for, as (kind, id)."""
+    """Programs, maps and links in this kernel that no process but this one holds open, as (kind, id)."""
     found = set()
     for kind in ("prog", "map", "link"):
         told = subprocess.run(["bpftool", "--json", kind, "show"], capture_output=True, text=True, check=False).stdout
-        for each in json.loads(told or "[]"):
-            holders = {holder["pid"] for holder in each.get("pids", [])}
-            if not holders - _ours():
-                found.add((kind, each["id"]))
+        found |= {(kind, each["id"]) for each in json.loads(told or "[]")}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                for file in (folder / "fdinfo").iterdir():
+                    with contextlib.suppress(OSError):
+                        found -= {(kind, int(number)) for kind, number in _HELD.findall(file.read_text())}
     return found
-
-
-def _ours() -> set[int]:
-    return {os.getpid()}
 
 
 class Worker:
