@@ -69,6 +69,15 @@ class World:
         self.application = self._start([sys.executable, "-P", "-c", APPLICATION, str(BATCHES)], stdin=subprocess.PIPE, inside=True)
         assert self.application.stdout.readline() == "ready\n"
         self.daemon = None
+        stack.callback(self._clear)
+
+    def _clear(self):
+        """What a daemon that was killed leaves: its journal, and the segment of its link."""
+        if self.daemon is not None:
+            self.daemon.kill()
+            self.daemon.wait()
+            restore([f"{self.name}-daemon"])
+        Path(f"/dev/shm/wave-{self.name}").unlink(missing_ok=True)
 
     def _start(self, command, inside=False, **more):
         def enter():
