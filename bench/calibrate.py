@@ -29,8 +29,8 @@ from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.profile import load_host, load_link, user_profiles
 from waveos.jit import jit
-from waveos.primitives import LINE_WORDS, clock_ns, load, store
 from waveos.output import make_folder, write_file
+from waveos.primitives import LINE_WORDS, clock_ns, load, store
 
 OPTIONS = {
     "rounds": (9, "of each measurement; figures are medians over them"),

@@ -25,8 +25,8 @@ from waveos.errors import ConfigError, LinkError
 from waveos.ipu_emulator.profile import MITIGATIONS, link_costs, load_link
 from waveos.link import MESSAGES, TXNS
 from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
-from waveos.primitives import LINE_WORDS, CoherentMemory
 from waveos.policy import load_policy
+from waveos.primitives import LINE_WORDS, CoherentMemory
 from waveos.record import RECORD_WORDS, VERSION
 from waveos.sched.laws import OUT, failure, feed_all, make_runtime
 from waveos.sched.records import DECISION, MAX_THREADS, MESSAGE, Message
