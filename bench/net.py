@@ -36,7 +36,7 @@ OPTIONS = {
     "range_share": (0.005, "of RANGE among the live requests"),
     "stretch": (100.0, "factor on RocksDB's service times in the live comparison"),
     "live": (True, "false: the model alone"),
-    "seed": 1,
+    "seed": (1, "seed of all loads"),
 }
 PORT = 5_000
 LIVE = ("rss", "jbsq", "slo_steering")
