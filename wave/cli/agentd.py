@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from waveos.errors import ConfigError
-from waveos.record import MAX_THREADS
 
 commands = typer.Typer()
 
@@ -24,7 +23,7 @@ def agentd(
         ),
     ],
     cpus: Annotated[int, typer.Option(help="CPUs of an enclave whose host does not say.")] = 8,
-    threads: Annotated[int, typer.Option(help="Threads of it, at most.")] = MAX_THREADS,
+    threads: Annotated[int | None, typer.Option(help="Threads of it, at most.  [default: the contract's most]", show_default=False)] = None,
     ahead: Annotated[int, typer.Option(help="Decisions to prestage on a busy CPU of it.")] = 0,
     param: Annotated[list[str] | None, typer.Option(metavar="KEY=NUMBER", help="A parameter of the policies named here.", show_default=False)] = None,
     core: Annotated[int | None, typer.Option(help="Run on this core only.", show_default=False)] = None,
@@ -55,7 +54,7 @@ def agentd(
     daemon.begin_life(core, nice, parent)
     orders = daemon.Orders(
         cpus=cpus,
-        threads=threads,
+        threads=threads or import_module("waveos.record").MAX_THREADS,
         ahead=ahead,
         params=dict(parameter(text) for text in param or []),
         replay=replay,
