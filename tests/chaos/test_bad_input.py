@@ -119,22 +119,19 @@ def test_a_million_forged_decisions_are_refused_and_counted_and_nothing_outside_
     assert "Traceback" not in world.log("hostd.log")
 
 
-def test_a_policy_that_floods_is_stopped_with_one_line_or_congested_and_the_members_go_on(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("orders", "says"), [(5_000, "too many orders from one handler call"), (60, "which is already staged")])
+def test_a_policy_that_floods_is_stopped_with_one_line_and_the_members_go_on(world: World, tmp_path: Path, orders: int, says: str) -> None:
     hostd = world.hostd("--no-agent")
     until(lambda: world.ask("status"), "hostd answers")
     world.environment["WAVE_JIT"] = "0"
     flood = tmp_path / "flood.py"
-    flood.write_text(FLOOD.format(orders=5_000))
+    flood.write_text(FLOOD.format(orders=orders))
     agent = world.agent(str(flood), log="flood.log")
     assert agent.wait(100) == 3
     told = world.log("flood.log")
-    assert told.count("\n") == 1 and "too many orders from one handler call" in told, told
+    assert told.count("\n") == 1 and says in told, told
     goes_on(world)
-    flood.write_text(FLOOD.format(orders=60))
-    agent = world.agent(str(flood), log="flood.log")
-    until(lambda: is_attached(world), "it is attached")
-    goes_on(world)
-    assert agent.poll() is None and hostd.poll() is None
+    assert hostd.poll() is None and "Traceback" not in world.log("hostd.log")
 
 
 def test_control_clients_that_send_garbage_or_never_read_keep_nobody_from_being_answered(world: World) -> None:
@@ -148,7 +145,7 @@ def test_control_clients_that_send_garbage_or_never_read_keep_nobody_from_being_
     for _ in range(200):
         try:
             deaf.send(b'{"do": "dance"}\n{"do": "status"}\n' * 50)
-        except BlockingIOError:
+        except OSError:  # it is full, or hostd has shown out who does not read
             break
     garbage = socket.socket(socket.AF_UNIX)
     garbage.settimeout(20)
