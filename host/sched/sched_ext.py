@@ -10,8 +10,9 @@ import numpy as np
 
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
-from waveos.host.sched.governor import Governor
+from waveos.host.sched.governor import Adopt, Governor
 from waveos.host.sched.half import CPUS
+from waveos.process import start_time
 
 OBJECT = Path(__file__).with_name("sched_ext.bpf.o")
 ENDED = np.dtype([("kind", "u8"), ("reason", "S64"), ("message", "S192")])
@@ -55,9 +56,17 @@ class SchedExt(Governor):
             self._refusal = b": ".join(filter(None, (self._ended["reason"], self._ended["message"]))).decode(errors="replace")
             self.agent_gone()
             self._let_be()
+        self._bury()
         super().tick()
         if self._governed and not self._half.live:
             self._enforce()
+
+    def _bury(self) -> None:
+        """A thread that ended while it was not of our class has no callback that says so: its number is free once it is gone."""
+        pids = self._half.host["thread"]["pid"][0]
+        for number in self._leaving:
+            if (pid := int(pids[number])) and start_time(pid) is None:
+                self._release.run(Adopt(pid, number))
 
     def counters(self) -> dict[str, Any]:
         """As any mechanism's; `ended_by_kernel` is the kernel's reason for the last time it ended the scheduler, or empty."""

@@ -201,6 +201,15 @@ def test_a_scheduler_that_the_kernel_ends_is_said_why_and_registered_again_for_t
     rules_again(enclave, workers)
 
 
+def test_the_number_of_a_thread_that_ended_while_the_kernels_default_held_is_free_again(enclave: Any) -> None:
+    worker = enclave.worker()
+    enclave.mechanism._default_ns = 0
+    until(lambda: (enclave.mechanism.tick(), STATE.read_text().strip() == "disabled")[1], "it is unregistered")
+    worker.kill()
+    worker._process.wait()
+    until(lambda: (enclave.mechanism.attend(), enclave.mechanism.tick(), not enclave.mechanism.counters()["threads"])[-1], "its number is free")
+
+
 def rules_again(enclave: Any, workers: list[Any]) -> None:
     second = Hand(enclave.mechanism, 2)
     assert STATE.read_text().strip() == "enabled"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -26,24 +25,8 @@ WAVE = [sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys
 PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
 POLICIES = {"fifo": ["--policy", "fifo"], "shinjuku": ["--policy", "shinjuku", "--param", "quantum_us=20000"]}
 LOADS = {
-    "hackbench": ["hackbench", "--pipe", "--groups", "1", "--fds", "3", "--loops", "200"],
-    "stress-ng": [
-        "stress-ng",
-        "--cpu",
-        "2",
-        "--cpu-ops",
-        "20",
-        "--switch",
-        "1",
-        "--switch-ops",
-        "200",
-        "--fork",
-        "1",
-        "--fork-ops",
-        "5",
-        "--timeout",
-        "100",
-    ],
+    "hackbench": "hackbench --pipe --groups 1 --fds 3 --loops 200",
+    "stress-ng": "stress-ng --cpu 2 --cpu-ops 20 --switch 1 --switch-ops 200 --fork 1 --fork-ops 5 --timeout 100",
 }
 WORKERS = """
 import os, sys, time
@@ -142,7 +125,7 @@ def nothing_is_left(world: World) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_program_runs_to_its_end_under_a_policy(world, policy, load):
     begin = world.folder.with_name("begin")
-    wait = f"until [ -e {begin} ]; do sleep 0.1; done; exec {shlex.join(LOADS[load])}"
+    wait = f"until [ -e {begin} ]; do sleep 0.1; done; exec {LOADS[load]}"
     hostd = world.hostd(*POLICIES[policy], "--agent-core", "0", "--", "sh", "-c", wait)
     world.rules()
     begin.touch()
