@@ -167,11 +167,13 @@ class World:
         from waveos.errors import WaveError
         from waveos.host import doors, restore
 
-        restore.RUN = self.run
+        usual, restore.RUN = restore.RUN, self.run
         try:
             return doors.ask(self.name, {"do": do, **request}, timeout_s)
         except (WaveError, OSError, ValueError):
             return None
+        finally:
+            restore.RUN = usual
 
     def log(self, name: str) -> str:
         """What a daemon said so far."""
