@@ -51,7 +51,7 @@ def _texts() -> dict[str, bytes]:
     here = Path(__file__).resolve().parent
     top = here if (here / "agents").is_dir() else here.parent
     texts = {}
-    for name, folder in {"waveos": here, **{f"waveos.{room}": top / room for room in ("agents", "ipu_emulator", "bench")}}.items():
+    for name, folder in {"waveos": here, **{f"waveos.{room}": top / room for room in ("agents", "host", "ipu_emulator", "bench")}}.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
             texts[".".join([name, *(part for part in parts if part != "__init__")])] = path.read_bytes()

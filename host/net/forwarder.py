@@ -11,11 +11,27 @@ from typing import Any
 import numpy as np
 
 from waveos.host.xsk.echo import turn
-from waveos.host.xsk.rings import complete, fill, give_back, load8, load16, load32, receive, room, send, store8, store16, store32, wake
+from waveos.host.xsk.rings import (
+    complete,
+    fill,
+    give_back,
+    load8,
+    load16,
+    load32,
+    receive,
+    room,
+    send,
+    store8,
+    store16,
+    store32,
+    waiting_to_send,
+    wake,
+)
 from waveos.jit import jit, jit_inline, store_word
-from waveos.net.laws import BATCH_END, REQUEST_ARRIVED, REQUEST_DONE, REQUEST_LOST, TXN_OUTCOME, WORKER_NEW, feed
-from waveos.net.orders import MARK, SHED, STEER
-from waveos.net.records import CLASSES, MAX_REQUESTS, REFUSED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION, SUBSYSTEM
+from waveos.net.laws import BATCH_END, LINK_DOWN, LINK_UP, REQUEST_ARRIVED, REQUEST_DONE, REQUEST_LOST, TXN_OUTCOME, WORKER_NEW, feed
+from waveos.net.orders import MARK, SET_ENTRY, SET_RATE, SHED, STEER
+from waveos.net.rates import RATES, admit, limit
+from waveos.net.records import CLASSES, MAX_REQUESTS, REFUSED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION, SUBSYSTEM, TABLE_ENTRIES
 from waveos.outcome import Outcome
 from waveos.primitives import clock_ns, pause, sleep_us
 from waveos.record import VERSION
@@ -23,8 +39,10 @@ from waveos.record import VERSION
 BATCH = 64
 LOOKS_BEFORE_NAP = 2_000
 LOOK_FOR_LOST_NS = 10_000_000
+CUT_NS = 100_000_000
+"""A wire on which nothing has gone out for so long, though something wants to, is cut."""
 SERVING, POLICY_FAILED = 0, 1
-COMMITTED, STALE = int(Outcome.COMMITTED), int(Outcome.STALE)
+COMMITTED, STALE, INVALID = int(Outcome.COMMITTED), int(Outcome.STALE), int(Outcome.INVALID)
 FREE, WAITING, SENT = range(3)
 IP_AT, UDP_AT, RPC_AT = 14, 34, 42
 """Where headers begin in a packet: the XDP program lets no IP options pass."""
@@ -59,12 +77,23 @@ FORWARDER = np.dtype(
         ("lost", "i8"),  # no reply within the timeout
         ("late", "i8"),  # a reply nobody waits for, say of the agent before: forwarded
         ("refused", "i8"),  # decisions that could not be applied
+        ("over_rate", "i8"),  # requests of a class that had its rate: refused
+        ("by_table", "i8"),  # requests that an entry of the table steered
+        ("cuts", "i8"),  # how often a wire was cut
+        ("moved_ns", "i8", (2,)),  # when something last went out to the client and to the host, or nothing wanted to
+        ("position", "i8", (2,)),  # how far the kernel had come with sending then
+        ("cut", "u1", (2,)),
+        ("rates", RATES),
+        ("table", "i4", (TABLE_ENTRIES,)),  # the worker of an entry; -1: the policy is asked
         ("free", "i4", (MAX_REQUESTS,)),
         ("slot", SLOT, (MAX_REQUESTS,)),
     ],
     align=True,
 )
-COUNTERS = ("requests", "replies", "steered", "shed", "malformed", "unknown_class", "no_slot", "lost", "late", "refused")
+COUNTERS = (
+    *("requests", "replies", "steered", "shed", "malformed", "unknown_class", "no_slot", "lost", "late", "refused"),
+    *("over_rate", "by_table", "cuts"),
+)
 
 
 @jit_inline
@@ -105,8 +134,22 @@ def _refuse(client: Any, frames: Any, packets: Any, i: int) -> None:
         give_back(frames, packets[i].at)
 
 
+@jit_inline
+def _hand_over(f: Any, host: Any, packets: Any, slot: int, worker: int, now: int) -> None:
+    """To the worker's own port, with the ticket that its reply brings back; there is room in the ring. packets[0], which has been looked at, is used for it."""
+    s = f.slot[slot]
+    packets[0].at, packets[0].length = s.frame, s.length
+    at = host.umem_at + s.frame
+    store16(at + UDP_AT + 2, _swapped(f.port + 1 + worker))
+    store32(at + TICKET_AT, (s.seq & 0x3FFFF) * MAX_REQUESTS | slot)
+    _forget_checksum(at)
+    send(host, packets, 0, 1)
+    s.state, s.worker, s.sent_ns = SENT, worker, now
+    f.steered += 1
+
+
 @jit
-def _take_requests(f: Any, client: Any, frames: Any, rt: Any, m: Any, packets: Any, now: int) -> int:
+def _take_requests(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any, packets: Any, now: int) -> int:
     got = receive(client, packets, BATCH)
     for i in range(got):
         at = client.umem_at + packets[i].at
@@ -119,7 +162,14 @@ def _take_requests(f: Any, client: Any, frames: Any, rt: Any, m: Any, packets: A
             f.unknown_class += 1
             give_back(frames, packets[i].at)
             continue
-        if f.free_n == 0 or frames.n == 0:
+        if not admit(f.rates, request_class, now):
+            f.over_rate += 1
+            _refuse(client, frames, packets, i)
+            continue
+        # Both addresses' low bits and both ports: what a network card's hash takes, mixed (Knuth's multiplicative hashing).
+        flow = ((load32(at + 26) ^ load32(at + 30) ^ load32(at + UDP_AT)) * 2_654_435_761 & 0xFFFF_FFFF) >> 8
+        worker = f.table[flow % TABLE_ENTRIES]
+        if f.free_n == 0 or frames.n == 0 or (worker >= 0 and not room(host)):
             f.no_slot += 1
             _refuse(client, frames, packets, i)
             continue
@@ -128,10 +178,12 @@ def _take_requests(f: Any, client: Any, frames: Any, rt: Any, m: Any, packets: A
         s = f.slot[slot]
         s.seq, s.frame, s.length, s.state, s.marked = s.seq + 1, packets[i].at, packets[i].length, WAITING, 0
         f.requests += 1
-        # Both addresses' low bits and both ports: what a network card's hash takes, mixed (Knuth's multiplicative hashing).
-        flow = (load32(at + 26) ^ load32(at + 30) ^ load32(at + UDP_AT)) * 2_654_435_761 & 0xFFFF_FFFF
+        if worker >= 0:
+            f.by_table += 1
+            _hand_over(f, host, packets, slot, int(worker), now)
+            continue
         slo_us = load32(at + SLO_AT)
-        m.flow, m.size, m.request_class, m.depth = flow >> 8, packets[i].length, request_class, 0
+        m.flow, m.size, m.request_class, m.depth = flow, packets[i].length, request_class, 0
         m.deadline_ns, m.work_ns = now + slo_us * 1_000 if slo_us else 0, load32(at + WORK_AT)
         _say(rt, m, REQUEST_ARRIVED, slot, -1, s.seq, now)
     return got
@@ -177,7 +229,10 @@ def _carry_out(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any, pac
         kind, slot, worker, seq = int(d.type), int(d.request), int(d.worker), int(d.seq)
         if kind != STEER and kind != SHED and kind != MARK:
             f.applied += 1
-            continue  # of flows, tables and rates: the other mechanism's
+            if not _set(f, kind, int(d.index), int(d.flow), worker, int(d.value)):
+                f.refused += 1
+                _answer(rt, m, -1, worker, 0, INVALID, now)
+            continue
         s = f.slot[slot]
         outcome = COMMITTED
         if s.state != WAITING or s.seq != seq:
@@ -189,26 +244,38 @@ def _carry_out(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any, pac
         elif kind == STEER and not room(host):
             return
         else:
-            packets[0].at, packets[0].length = s.frame, s.length
-            at = client.umem_at + s.frame
             s.seq += 1
             if kind == SHED:
+                packets[0].at, packets[0].length = s.frame, s.length
                 _refuse(client, frames, packets, 0)
                 _release(f, slot)
                 f.shed += 1
             else:
-                store16(at + UDP_AT + 2, _swapped(f.port + 1 + worker))
-                store32(at + TICKET_AT, (s.seq & 0x3FFFF) * MAX_REQUESTS | slot)
-                _forget_checksum(at)
-                send(host, packets, 0, 1)
-                s.state, s.worker, s.sent_ns = SENT, worker, now
-                f.steered += 1
+                _hand_over(f, host, packets, slot, worker, now)
         f.refused += outcome != COMMITTED
-        m.mark, m.version, m.subsystem, m.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
-        m.seq, m.time_ns, m.request, m.worker, m.front, m.outcome = s.seq, now, slot, worker, 0, outcome
         f.applied += 1
-        feed(rt, m)
+        _answer(rt, m, slot, worker, int(s.seq), outcome, now)
     f.applied = rt.made = 0
+
+
+@jit_inline
+def _answer(rt: Any, m: Any, slot: int, worker: int, seq: int, outcome: int, now: int) -> None:
+    m.mark, m.version, m.subsystem, m.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
+    m.seq, m.time_ns, m.request, m.worker, m.front, m.outcome = seq, now, slot, worker, 0, outcome
+    feed(rt, m)
+
+
+@jit_inline
+def _set(f: Any, kind: int, index: int, flow: int, worker: int, value: int) -> Any:
+    """A class's rate, or an entry of the table; False for one that there is not."""
+    if kind == SET_RATE:
+        limit(f.rates, index, value)
+        return True
+    entry = index if kind == SET_ENTRY else flow % TABLE_ENTRIES
+    if entry >= TABLE_ENTRIES:
+        return False
+    f.table[entry] = worker
+    return True
 
 
 @jit_inline
@@ -228,6 +295,21 @@ def _find_lost(f: Any, rt: Any, m: Any, now: int) -> None:
             f.lost += 1
 
 
+@jit_inline
+def _watch(f: Any, which: int, xsk: Any, rt: Any, m: Any, now: int) -> None:
+    """Tell the policy when a wire (0: to the client, 1: to the host) is cut, and when it is whole again."""
+    pending, position = waiting_to_send(xsk)
+    if pending == 0 or position != f.position[which]:
+        f.position[which], f.moved_ns[which] = position, now
+        if f.cut[which]:
+            f.cut[which] = 0
+            _say(rt, m, LINK_UP, -1, which, 0, now)
+    elif not f.cut[which] and now - f.moved_ns[which] > CUT_NS:
+        f.cut[which] = 1
+        f.cuts += 1
+        _say(rt, m, LINK_DOWN, -1, which, 0, now)
+
+
 @jit
 def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, message: Any, packets: Any, until_ns: int) -> int:
     """Serve until `until_ns` on the monotonic clock. Returns SERVING or POLICY_FAILED.
@@ -240,6 +322,7 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
         f.started, f.free_n = 1, MAX_REQUESTS
         for slot in range(MAX_REQUESTS):
             f.free[slot] = slot
+        f.table[:] = -1
         for worker in range(rt.workers):
             _say(rt, m, WORKER_NEW, -1, worker, 0, clock_ns())
     now = clock_ns()
@@ -251,7 +334,10 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
         fill(c, stack)
         fill(h, stack)
         got = _take_replies(f, c, h, stack, rt, m, packets, now)
-        got += _take_requests(f, c, stack, rt, m, packets, now)
+        if (
+            not rt.made
+        ):  # while a full ring holds decisions back, requests wait in the socket's ring, and what does not fit there is the kernel's to drop
+            got += _take_requests(f, c, h, stack, rt, m, packets, now)
         if got or rt.waiting:
             _say(rt, m, BATCH_END, -1, -1, 0, clock_ns())
         if rt.made:
@@ -263,6 +349,8 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
         if now > f.next_look_ns:
             f.next_look_ns = now + LOOK_FOR_LOST_NS
             _find_lost(f, rt, m, now)
+            _watch(f, 0, c, rt, m, now)
+            _watch(f, 1, h, rt, m, now)
         if got:
             f.idle_looks = 0
         else:

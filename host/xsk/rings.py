@@ -101,6 +101,14 @@ def room(xsk: Any) -> int:
 
 
 @jit
+def waiting_to_send(xsk: Any) -> Any:
+    """(Packets in the TX ring, how far the kernel has come with it): a position that stays while packets wait says that the wire is cut."""
+    ring = xsk.tx
+    consumed = _acquire(ring.consumer_at)
+    return (ring.next - consumed) & LOW, consumed
+
+
+@jit
 def receive(xsk: Any, packets: Any, n: int) -> int:
     """Take up to n packets into `packets` ([..] PACKET); how many there were. Their frames are the caller's."""
     ring = xsk.rx

@@ -71,6 +71,8 @@ class Outcome:
     stack_cores_busy: float
     agent_cores_busy: float
     workers_busy: float
+    trace: npt.NDArray[np.void]
+    """[n] TRACE_EVENT of kinds `waveos.net.trace.PacketEvent`, if it was asked for."""
 
     def quantile_us(self, q: float, request_class: int | None = None) -> float:
         """The q-quantile of arrival to reply, in us, of one class or of all."""
@@ -78,8 +80,13 @@ class Outcome:
         return quantile_ns(counts, q) / 1e3
 
 
-def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup: float = 0.1, seed: int = 1) -> Outcome:
-    """Run until so many requests are counted, after a warm-up of that share. Raises PolicyError if the policy fails, ConfigError for a setup that cannot be."""
+def simulate(
+    setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup: float = 0.1, seed: int = 1, trace_ns: tuple[int, int] = (0, 0)
+) -> Outcome:
+    """Run until so many requests are counted, after a warm-up of that share. `trace_ns`: write down what happens from when until when.
+
+    Raises PolicyError if the policy fails, ConfigError for a setup that cannot be.
+    """
     if not 1 <= setup.workers <= MAX_WORKERS or not 0 <= setup.stack_cores <= engine.MAX_STACK_CORES or rate_per_s <= 0:
         raise ConfigError(f"{setup.workers} workers (1..{MAX_WORKERS}), {setup.stack_cores} stack cores, {rate_per_s} requests/s: not possible")
     classes, samples = _class_records(setup.classes)
@@ -101,6 +108,7 @@ def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup
         machine[name] = getattr(setup, name)
     machine["sees_class"], machine["classes"], machine["gap_ns"] = setup.sees_class, len(setup.classes), 1e9 / rate_per_s
     machine["warmup_ns"], machine["until"] = round(warmup * requests / rate_per_s * 1e9), requests
+    machine["table"], (machine["trace_from_ns"], machine["trace_until_ns"]) = -1, trace_ns
     machine["free_n"], machine["free"] = MAX_REQUESTS, np.arange(MAX_REQUESTS)
     machine["worker"]["serving"] = machine["stack_core"]["serving"] = engine.NOBODY
     reset_clock(clock, engine.SLOTS)
@@ -115,8 +123,9 @@ def simulate(setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup
     m = machine[0]
     span_ns = max(1, int(m["now_ns"] - m["began_ns"]))
     busy = (float(m[name]) / span_ns for name in ("stack_busy_ns", "agent_busy_ns", "worker_busy_ns"))
+    mean_us = float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3
     return Outcome(
-        m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3, *busy
+        m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), mean_us, *busy, trace=m["trace"][: int(m["traced"])].copy()
     )
 
 

@@ -15,10 +15,14 @@ from waveos.histogram import BINS, count_ns
 from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, exponential, uniform
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
 from waveos.jit import jit, jit_inline
-from waveos.net.laws import BATCH_END, REQUEST_ARRIVED, REQUEST_DONE, TXN_OUTCOME, WORKER_NEW, feed
-from waveos.net.orders import SHED, STEER
-from waveos.net.records import CLASSES, MAX_REQUESTS, MAX_WORKERS, SUBSYSTEM
+from waveos.net.laws import BATCH_END, COMMITTED, REQUEST_ARRIVED, REQUEST_DONE, TXN_OUTCOME, WORKER_NEW, feed
+from waveos.net.orders import SET_ENTRY, SET_RATE, SHED, STEER, STEER_FLOW
+from waveos.net.rates import RATES, admit, limit
+from waveos.net.records import CLASSES, MAX_REQUESTS, MAX_WORKERS, SUBSYSTEM, TABLE_ENTRIES
+from waveos.net.trace import PacketEvent
+from waveos.outcome import Outcome
 from waveos.record import VERSION
+from waveos.trace import TRACE_EVENT
 
 AGENT_BATCH = 64
 MAX_STACK_CORES = 64
@@ -28,6 +32,22 @@ SLOTS = SLOT_WORKER + MAX_WORKERS
 NEW, DONE = 0, 1
 RUNNING, FINISHED, POLICY_FAILED = range(3)
 NOBODY = -1
+INVALID = int(Outcome.INVALID)
+TRACE_EVENTS = 1 << 16
+(
+    ARRIVED,
+    STACK_BEGIN,
+    STACK_END,
+    SEEN,
+    STEERED,
+    REFUSED,
+    QUEUED,
+    WORK_BEGIN,
+    WORK_END,
+    ANSWERED,
+    AGENT_BEGIN,
+    AGENT_END,
+) = map(int, PacketEvent)
 
 REQUEST = np.dtype(
     [
@@ -90,9 +110,23 @@ MACHINE = np.dtype(
         ("total_ns", "i8"),  # latencies of all that were answered, for the exact mean
         ("answered", "i8"),
         ("latency", "i8", (CLASSES, BINS)),
+        ("rates", RATES),
+        ("table", "i4", (TABLE_ENTRIES,)),  # the worker of an entry; -1: the policy is asked
+        ("trace_from_ns", "i8"),
+        ("trace_until_ns", "i8"),  # 0: nothing is written down
+        ("traced", "i8"),
+        ("trace", TRACE_EVENT, (TRACE_EVENTS,)),
     ],
     align=True,
 )
+
+
+@jit_inline
+def _note(m: Any, time_ns: int, kind: int, cpu: int, request: int, value: int, extra: int) -> None:
+    if m.trace_from_ns <= time_ns < m.trace_until_ns and m.traced < TRACE_EVENTS:
+        e = m.trace[m.traced]
+        e.time_ns, e.kind, e.cpu, e.tid, e.value, e.extra = time_ns, kind, cpu, request, value, extra
+        m.traced += 1
 
 
 @jit_inline
@@ -142,6 +176,7 @@ def _begin_stack(m: Any, clock: Any, core: int, request: int) -> None:
     cost = m.stack_in_ns if m.request[request].at_stack == NEW else m.stack_out_ns
     m.stack_core[core].serving = request
     m.stack_busy_ns += cost
+    _note(m, m.now_ns, STACK_BEGIN, core, request, m.request[request].at_stack, 0)
     set_due(clock, SLOT_STACK + core, m.now_ns + cost)
 
 
@@ -151,6 +186,7 @@ def _leave_stack(m: Any, clock: Any, request: int) -> None:
     if r.at_stack == NEW:
         _tell_agent(m, clock, REQUEST_ARRIVED, request, -1, 0)
         return
+    _note(m, m.now_ns, ANSWERED, -1, request, r.request_class, 0)
     if r.kept:
         count_ns(m.latency[r.request_class], m.now_ns - r.arrived_ns)
         m.total_ns += m.now_ns - r.arrived_ns
@@ -170,6 +206,7 @@ def _begin_work(m: Any, clock: Any, worker: int, request: int) -> None:
     took = m.pick_up_ns + m.request[request].service_ns
     m.worker[worker].serving = request
     m.worker_busy_ns += took
+    _note(m, m.now_ns, WORK_BEGIN, worker, request, m.request[request].request_class, 0)
     set_due(clock, SLOT_WORKER + worker, m.now_ns + took)
 
 
@@ -189,6 +226,7 @@ def _arrive(m: Any, clock: Any, streams: Any, classes: Any, samples_at: int, sam
     r.arrived_ns, r.service_ns, r.request_class, r.kept = m.now_ns, service_ns, k, m.now_ns >= m.warmup_ns
     r.flow = (flow * 2_654_435_761 & 0xFFFF_FFFF) >> 8
     r.seq += 1
+    _note(m, m.now_ns, ARRIVED, -1, request, k, r.flow)
     _enter_stack(m, clock, request, NEW)
 
 
@@ -199,10 +237,36 @@ def _say(rt: Any, msg: Any, kind: int, request: int, worker: int, seq: int, time
     feed(rt, msg)
 
 
+@jit_inline
+def _answer(rt: Any, msg: Any, request: int, worker: int, seq: int, outcome: int, time_ns: int) -> None:
+    msg.mark, msg.version, msg.subsystem, msg.type = 0, VERSION, SUBSYSTEM, TXN_OUTCOME
+    msg.seq, msg.time_ns, msg.request, msg.worker, msg.front, msg.outcome = seq, time_ns, request, worker, 0, outcome
+    feed(rt, msg)
+
+
+@jit_inline
+def _send_down(m: Any, clock: Any, request: int, worker: int, time_ns: int) -> None:
+    w = m.down[m.down_tail % RING]
+    w.visible_ns, w.request, w.worker = time_ns + m.to_host_ns, request, worker
+    m.down_tail += 1
+    _note(m, time_ns, STEERED, worker, request, 0, 0)
+    if clock.time_ns[SLOT_DOWN] == NEVER:
+        set_due(clock, SLOT_DOWN, w.visible_ns)
+
+
+@jit_inline
+def _refuse(m: Any, request: int, time_ns: int) -> None:
+    m.shed += m.request[request].kept
+    m.counted += m.request[request].kept
+    _note(m, time_ns, REFUSED, -1, request, 0, 0)
+    _free(m, request)
+
+
 @jit
 def _run_agent(m: Any, clock: Any, rt: Any, msg: Any, classes: Any) -> None:
     """Drain what the agent sees now, decide, and be busy as long as that takes."""
     taken, time_ns = 0, m.now_ns
+    _note(m, time_ns, AGENT_BEGIN, -1, -1, 0, 0)
     while taken < AGENT_BATCH and m.up_head < m.up_tail:
         u = m.up[m.up_head % RING]
         if u.visible_ns > m.now_ns:
@@ -212,6 +276,14 @@ def _run_agent(m: Any, clock: Any, rt: Any, msg: Any, classes: Any) -> None:
         time_ns += m.message_ns
         r = m.request[u.request]
         if u.kind == REQUEST_ARRIVED:
+            _note(m, time_ns, SEEN, -1, u.request, 0, 0)
+            if not admit(m.rates, r.request_class if m.sees_class else 0, u.visible_ns):
+                _refuse(m, u.request, time_ns)
+                continue
+            if m.table[r.flow % TABLE_ENTRIES] >= 0:
+                r.seq += 1
+                _send_down(m, clock, u.request, int(m.table[r.flow % TABLE_ENTRIES]), time_ns)
+                continue
             msg.flow, msg.size, msg.work_ns, msg.deadline_ns, msg.request_class = r.flow, 64, 0, 0, 0
             if m.sees_class:
                 msg.request_class = r.request_class
@@ -229,19 +301,24 @@ def _run_agent(m: Any, clock: Any, rt: Any, msg: Any, classes: Any) -> None:
         i += 1
         time_ns += m.decision_ns
         if kind == STEER:
-            w = m.down[m.down_tail % RING]
-            w.visible_ns, w.request, w.worker = time_ns + m.to_host_ns, request, worker
-            m.down_tail += 1
-            if clock.time_ns[SLOT_DOWN] == NEVER:
-                set_due(clock, SLOT_DOWN, w.visible_ns)
+            _send_down(m, clock, request, worker, time_ns)
         elif kind == SHED:
-            m.shed += m.request[request].kept
-            m.counted += m.request[request].kept
-            _free(m, request)
+            _refuse(m, request, time_ns)
+        elif kind == SET_RATE:
+            limit(m.rates, int(d.index), int(d.value))
+            continue
+        elif kind == SET_ENTRY or kind == STEER_FLOW:
+            entry = int(d.index) if kind == SET_ENTRY else int(d.flow) % TABLE_ENTRIES
+            if entry < TABLE_ENTRIES:
+                m.table[entry] = worker
+            else:
+                _answer(rt, msg, -1, worker, 0, INVALID, time_ns)
+            continue
         else:
             continue
         m.request[request].seq += 1
-        _say(rt, msg, TXN_OUTCOME, request, worker, m.request[request].seq, time_ns)
+        _answer(rt, msg, request, worker, m.request[request].seq, COMMITTED, time_ns)
+    _note(m, time_ns, AGENT_END, -1, -1, taken, i)
     rt.made = 0
     m.agent_busy_ns += time_ns - m.now_ns
     m.agent_free_ns = time_ns
@@ -279,6 +356,7 @@ def step(machine: Any, clocks: Any, streams: Any, classes: Any, samples_at: int,
             request, worker = int(w.request), int(w.worker)
             set_due(clock, SLOT_DOWN, m.down[m.down_head % RING].visible_ns if m.down_head < m.down_tail else NEVER)
             m.request[request].worker = worker
+            _note(m, m.now_ns, QUEUED, worker, request, 0, 0)
             if m.worker[worker].serving == NOBODY:
                 _begin_work(m, clock, worker, request)
             else:
@@ -288,6 +366,7 @@ def step(machine: Any, clocks: Any, streams: Any, classes: Any, samples_at: int,
             request = int(m.stack_core[core].serving)
             m.stack_core[core].serving = NOBODY
             set_due(clock, slot, NEVER)
+            _note(m, m.now_ns, STACK_END, core, request, m.request[request].at_stack, 0)
             _leave_stack(m, clock, request)
             if m.stack.n and m.stack_core[core].serving == NOBODY:
                 _begin_stack(m, clock, core, int(_pop(m, m.stack)))
@@ -297,6 +376,7 @@ def step(machine: Any, clocks: Any, streams: Any, classes: Any, samples_at: int,
             request = int(c.serving)
             c.serving = NOBODY
             set_due(clock, slot, NEVER)
+            _note(m, m.now_ns, WORK_END, worker, request, m.request[request].request_class, 0)
             _tell_agent(m, clock, REQUEST_DONE, request, worker, m.request[request].service_ns)
             if c.queue.n:
                 _begin_work(m, clock, worker, int(_pop(m, c.queue)))

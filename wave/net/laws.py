@@ -167,7 +167,8 @@ def _apply(rt: Any) -> None:
     orders = rt.orders
     for i in range(orders.n):
         op, subject, worker = orders.op[i], orders.subject[i], orders.worker[i]
-        if (op == STEER or op == STEER_FLOW or op == SET_ENTRY) and (worker < 0 or worker >= rt.workers or not orders.present[worker]):
+        names = op == STEER or op == STEER_FLOW or (op == SET_ENTRY and worker != -1)
+        if names and (worker < 0 or worker >= rt.workers or not orders.present[worker]):
             _fail(rt, NOT_A_WORKER, -1, worker)
             return
         if op == STEER or op == SHED or op == MARK:
@@ -289,7 +290,8 @@ def feed(rt: Any, m: Any) -> Any:
         _reset(rt)
         return True
     request, worker = int(m.request), int(m.worker)
-    if request < -1 or request >= MAX_REQUESTS or worker < -1 or worker >= rt.workers:
+    link = kind == LINK_DOWN or kind == LINK_UP  # of these `worker` says which wire
+    if request < -1 or request >= MAX_REQUESTS or worker < -1 or (worker >= rt.workers and not link):
         return True  # not of this enclave; the host's half refuses such things, and so does this one
     if kind == WORKER_NEW or kind == WORKER_GONE:
         if worker >= 0:
@@ -304,8 +306,11 @@ def feed(rt: Any, m: Any) -> Any:
     elif kind == FLOW_OPENED or kind == FLOW_CLOSED:
         rt.msg.flow, rt.msg.request_class = m.flow, m.request_class
         _deliver(rt, kind, -1, worker, 0, 0, m.time_ns)
-    elif kind == LINK_DOWN or kind == LINK_UP:
-        _deliver(rt, kind, -1, worker, 0, 0, m.time_ns)
+    elif link:
+        _deliver(rt, kind, -1, min(worker, 1), 0, 0, m.time_ns)
+    elif kind == TXN_OUTCOME and request < 0:
+        if m.outcome != COMMITTED:
+            _deliver(rt, TXN_FAILED, -1, worker, 0, int(m.outcome), m.time_ns)
     elif request >= 0:
         r = rt.request[request]
         if kind == REQUEST_ARRIVED:

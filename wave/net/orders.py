@@ -55,19 +55,19 @@ def mark(txns: Any, request: int) -> None:
 
 @jitable
 def steer_flow(txns: Any, flow: int, worker: int) -> None:
-    """Requests of the flow go to `worker` from now on."""
+    """Requests of the flow, and of others in its entry of the steering table, go to `worker` from now on; the policy is not asked."""
     _order(txns, STEER_FLOW, flow, worker, 0)
 
 
 @jitable
 def set_entry(txns: Any, index: int, worker: int) -> None:
-    """Entry `index` of the host's steering table names `worker`."""
+    """Entry `index` of the steering table names `worker`: its requests go there, and the policy is not asked. -1: it is asked again."""
     _order(txns, SET_ENTRY, index, worker, 0)
 
 
 @jitable
 def set_rate(txns: Any, request_class: int, per_s: int) -> None:
-    """Let in at most so many requests of the class a second; 0: any number."""
+    """Let in at most so many requests of the class a second; 0: any number. The others are refused, and the policy does not hear of them."""
     _order(txns, SET_RATE, request_class, -1, per_s)
 
 

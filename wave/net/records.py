@@ -14,6 +14,8 @@ MAX_REQUESTS = 16_384
 """Requests under way at once: `request` is the host's dense number, 0..MAX_REQUESTS-1, given again when the request is over."""
 MAX_WORKERS = 64
 """Workers of one enclave: the queues a request can go to, each with the host core or process behind it."""
+TABLE_ENTRIES = 256
+"""Of the steering table: a flow falls into entry `flow % TABLE_ENTRIES`."""
 CLASSES = 16
 """Request classes; what the wire says is cut to this range."""
 
@@ -45,7 +47,7 @@ class Decision(IntEnum):
     SHED = 2  # answer the request with a refusal, or drop it
     MARK = 3  # tell the client of congestion (ECN) on this request's answer
     STEER_FLOW = 4  # requests of the flow go to the worker from now on
-    SET_ENTRY = 5  # entry `index` of the steering table names the worker
+    SET_ENTRY = 5  # entry `index` of the steering table names the worker; -1: none
     SET_RATE = 6  # requests of a class (`index`) to let in a second (`value`); 0: no limit
 
 
