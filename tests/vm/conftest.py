@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Run:
-    """The tests' one run in the guest of a series."""
+    """The tests' one run in the guest of a series; a second one of those left to tell, if its kernel panicked or it never came up."""
 
     def __init__(self, series: str, tests: list[str], config: pytest.Config):
         self.series = series
@@ -60,49 +60,56 @@ class Run:
     def reports(self, test: str) -> list[pytest.TestReport]:
         """What the test reported; a single failed one if the guest ended before it could."""
         if self._reports is None:
-            self._reports = self._boot()
+            self._reports = defaultdict(list)
+            if not self._boot():
+                self._boot(again=True)
         found = self._reports[test]
-        if found and found[-1].when == "teardown":
+        if _whole(found):
             return found
         why, self._ended = self._ended, "as said of the first"
         return [pytest.TestReport(test, ("", None, ""), {}, "failed", f"the guest told nothing of this test: {why}", "call")]
 
-    def _boot(self) -> dict[str, list[pytest.TestReport]]:
+    def _boot(self, again: bool = False) -> bool:
+        """Run what is left to tell. False if the guest itself failed, not a test in it, and something is still left."""
         from kernels import kernel
         from machine import run
 
         from waveos.errors import WaveError
 
-        reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        left = [test for test in self._tests if not _whole(self._reports[test])]
         with tempfile.TemporaryDirectory(prefix="wave-guest-") as folder:
             file, tests = Path(folder, "reports"), Path(folder, "tests")
-            tests.write_text("\n".join(self._tests))
+            tests.write_text("\n".join(left))
             command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
             try:
                 chosen = kernel(self.series)
                 _compile()
-                ended = run(
-                    chosen,
-                    [*command, f"--reports-to={file}", f"@{tests}"],
-                    timeout_s=TIMEOUT_S,
-                    share=Path(folder),
-                    results=[file.name],
-                    environment=COMPILED,
-                )
+                told = [f"--reports-to={file}", f"@{tests}"]
+                ended = run(chosen, [*command, *told], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED)
             except WaveError as error:
                 pytest.exit(f"tests in guests: {error}", returncode=1)
-            self._say(f"{chosen.version}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot")
-            said = ended.output if ended.code is not None else "\n".join([ended.output, ended.console[-4000:]])
-            self._ended = f"{ended}\n{said[-8000:]}"
+            for test in left:
+                self._reports[test] = []
             for line in file.read_text().splitlines() if file.exists() else []:
                 report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
-                reports[report.nodeid].append(report)
-        return reports
+                self._reports[report.nodeid].append(report)
+        untold = sum(not _whole(self._reports[test]) for test in left)
+        failed = bool(untold) and (ended.panicked or not ended.boot_s)
+        rest = f"; {untold} of {len(left)} tests were not told, and run in another boot" if failed and not again else ""
+        self._say(f"{chosen.version}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot{rest}")
+        said = ended.output if ended.code is not None else "\n".join([ended.output, ended.console[-4000:]])
+        self._ended = f"{ended}\n{said[-8000:]}"
+        return not failed
 
     def _say(self, line: str) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         terminal.ensure_newline()
         terminal.write_line(f"guest: {line}")
+
+
+def _whole(reports: list[pytest.TestReport]) -> bool:
+    """The test told its end."""
+    return bool(reports) and reports[-1].when == "teardown"
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import tempfile
 import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernels import Kernel
@@ -35,6 +35,10 @@ BOOT_S = 240
 # that are not there, five levels of pages, a clock that is watched.
 _KERNEL = ("init_on_alloc=0", "hardened_usercopy=off", "mitigations=off", "apparmor=0", "nokaslr", "tsc=reliable")
 _PROCESSOR = "-cpu max,la57=off,svm=off"
+
+# All of the guest's CPUs in one thread, in turns. With a thread each, QEMU may run a breakpoint that the other CPU has already taken out of the code again
+# (the kernel patches itself whenever a scheduler comes or goes): "Oops: int3" in most runs on a busy machine.
+_EMULATION = "-accel tcg,thread=single"
 
 # virtme-ng mounts the root without a cache, and its way of writing on top leaves some folders out. This mounts it again, with a cache, and all of it
 # writable: Python then starts in 0.5 s instead of 5. `share` is the one folder that both sides write.
@@ -70,7 +74,6 @@ class Ended:
     console: str  # what the kernel said
     boot_s: float  # from the start to the command's first step
     total_s: float
-    before: str = ""  # how the first try ended, if this is the second
 
     @property
     def panicked(self) -> bool:
@@ -78,10 +81,8 @@ class Ended:
 
     def __str__(self) -> str:
         if self.code is not None:
-            said = f"ended with code {self.code}"
-        else:
-            said = "the kernel panicked" if self.panicked else "it was stopped, or it died" if self.boot_s else "never came up"
-        return said + (f" (second try; first: {self.before})" if self.before else "")
+            return f"ended with code {self.code}"
+        return "the kernel panicked" if self.panicked else "it was stopped, or it died" if self.boot_s else "never came up"
 
 
 def run(
@@ -91,32 +92,22 @@ def run(
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     share: Path | None = None,
-    results: Sequence[str] = (),
     cpus: int = 2,
     memory: str = "2G",
     qemu: Sequence[str] = (),
 ) -> Ended:
     """Boot the kernel, run the command in this process's working directory, and wait for the end.
 
-    `share`: a folder that both sides see under the same path and may write (a new one is made and deleted if None); `results`: the files in it that
-    the command makes, so that a second try begins without them. `qemu`: further options of QEMU's. A guest that does not come up, or that
-    panics as these kernels do about once in a dozen boots while tracepoints are patched (`int3`), is tried once more. Raises MissingError if a
-    tool is not installed.
+    `share`: a folder that both sides see under the same path and may write (a new one is made and deleted if None). `qemu`: further options of QEMU's.
+    Raises MissingError if a tool is not installed.
     """
     _check_tools()
     with contextlib.ExitStack() as stack:
         if share is None:
             share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wave-guest-")))
-        before = ""
-        for _ in range(2):
-            for name in (*_FILES, *results):
-                (share / name).unlink(missing_ok=True)
-            ended = replace(_boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu), before=before)
-            known = not ended.boot_s or (ended.panicked and "int3" in ended.console)
-            if ended.code is not None or not known:
-                break
-            before = f"{ended} after {ended.total_s:.0f} s"
-    return ended
+        for name in _FILES:
+            (share / name).unlink(missing_ok=True)
+        return _boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu)
 
 
 def _check_tools() -> None:
@@ -143,7 +134,7 @@ def _boot(
     (share / "start.sh").write_text(_START.format(share=share))
     exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in _inherited(environment).items())
     (share / "command.sh").write_text(f"{exports}cd {shlex.quote(os.getcwd())}\nexec {shlex.join(command)}\n")
-    options = f"-nodefaults {_PROCESSOR} -virtfs local,path=/,mount_tag=wave,security_model=none,readonly=on,multidevs=remap"
+    options = f"-nodefaults {_EMULATION} {_PROCESSOR} -virtfs local,path=/,mount_tag=wave,security_model=none,readonly=on,multidevs=remap"
     call = [str(_vng()), "--verbose", "--disable-kvm", "--force-9p", "--run", str(kernel.image), "--cpus", str(cpus), "--memory", memory]
     call += ["--name", f"wave-guest-{os.getpid()}", f"--rwdir={share}", *(f"--append={option}" for option in _KERNEL)]
     call += [f"--qemu-opts={' '.join([options, *qemu])}", "--", f"bash {share}/start.sh"]
