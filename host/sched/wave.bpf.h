@@ -665,7 +665,8 @@ int adopt(struct adopt *a)
 	t->state = BLOCKED;
 	t->dying = 0;
 	t->cpu = NOBODY;
-	t->ran_ns = t->since_ns = 0;
+	t->ran_ns = 0;
+	t->since_ns = now; /* it may be on a CPU as it joins */
 	t->epoch = 0;
 	for (int i = 0; i < CPUS / 64; i++)
 		t->allowed[i] = a->allowed[i];
