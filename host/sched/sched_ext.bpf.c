@@ -295,16 +295,21 @@ void BPF_PROG(wave_disable, struct task_struct *p)
 
 /* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
+/* No higher class has the CPU any more. */
+static __always_inline void back(u32 cpu, u64 now)
+{
+	if (!cpu_at(cpu)->taken)
+		return;
+	cpu_at(cpu)->taken = 0;
+	say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
+}
+
 /* The CPU looks for its next thread: take in what came for it. */
 static __always_inline void arrive(u32 cpu, u64 now)
 {
 	struct cpu *c = cpu_at(cpu);
 
 	drain(now);
-	if (c->taken) {
-		c->taken = 0;
-		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
-	}
 	if (c->rung) {
 		c->rung = 0;
 		if (take_up(cpu, now))
@@ -360,6 +365,7 @@ void BPF_PROG(wave_dispatch, s32 kernel, struct task_struct *prev)
 	if (prev && queued(prev))
 		before = member_of(prev);
 	bpf_spin_lock(&lock);
+	back(cpu, now);
 	rule = governed();
 	if (rule)
 		arrive(cpu, now);
@@ -432,18 +438,11 @@ void BPF_PROG(wave_cpu_acquire, s32 kernel, struct scx_cpu_acquire_args *args)
 {
 	s32 cpu = enclave_cpu(kernel);
 	u64 now = bpf_ktime_get_ns();
-	struct cpu *c;
 
 	if (cpu < 0)
 		return;
-	c = cpu_at(cpu);
 	bpf_spin_lock(&lock);
-	if (c->taken) {
-		c->taken = 0;
-		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
-		if (c->running < 0)
-			tell_idle(cpu, now);
-	}
+	back(cpu, now);
 	bpf_spin_unlock(&lock);
 }
 
