@@ -23,6 +23,8 @@ STATE = Path("/sys/kernel/sched_ext/state")
 DEADLINE_S = 240.0  # a guest on a busy machine is slow; nothing here is a measurement
 WAVE = [sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys.exit(run(sys.argv[1:]))"]
 PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
+NAP_US = "1"
+"""The agent naps once it has nothing to do: QEMU gives the guest's CPUs turns of up to 100 ms, and who polls would sit its turns out."""
 POLICIES = {"fifo": ["--policy", "fifo"], "shinjuku": ["--policy", "shinjuku", "--param", "quantum_us=20000"]}
 LOADS = {
     "hackbench": "hackbench --pipe --groups 1 --fds 3 --loops 200",
@@ -60,6 +62,8 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.name, self.folder, self.end = f"guest-{os.getpid()}", folder, folder.with_name("end")
         self._processes: list[subprocess.Popen[Any]] = []
+        self._settings = folder.with_name("hostd.toml")
+        self._settings.write_text(f"[agent]\ncore = 0\nidle_us = {NAP_US}\n")
 
     def start(self, command: list[str]) -> subprocess.Popen[Any]:
         self._processes.append(subprocess.Popen(command))
@@ -67,7 +71,7 @@ class World:
 
     def hostd(self, *arguments: str) -> subprocess.Popen[Any]:
         place = ["--enclave", self.name, "--cpus", "1", "--hostd-cpu", "0", "--mechanism", "sched_ext", *PATIENT]
-        return self.start([*WAVE, "hostd", *place, *arguments])
+        return self.start([*WAVE, "hostd", "--config", str(self._settings), *place, *arguments])
 
     def workers(self) -> subprocess.Popen[Any]:
         return self.start([sys.executable, "-S", "-c", WORKERS, str(self.end)])
@@ -126,7 +130,7 @@ def nothing_is_left(world: World) -> None:
 def test_a_program_runs_to_its_end_under_a_policy(world, policy, load):
     begin = world.folder.with_name("begin")
     wait = f"until [ -e {begin} ]; do sleep 0.1; done; exec {LOADS[load]}"
-    hostd = world.hostd(*POLICIES[policy], "--agent-core", "0", "--", "sh", "-c", wait)
+    hostd = world.hostd(*POLICIES[policy], "--", "sh", "-c", wait)
     world.rules()
     begin.touch()
     hostd.wait(DEADLINE_S)
@@ -135,7 +139,7 @@ def test_a_program_runs_to_its_end_under_a_policy(world, policy, load):
 
 
 def test_an_agent_that_is_killed_is_followed_by_another_and_all_finish(world):
-    hostd = world.hostd(*POLICIES["fifo"], "--agent-core", "0", "--", sys.executable, "-S", "-c", WORKERS, str(world.end))
+    hostd = world.hostd(*POLICIES["fifo"], "--", sys.executable, "-S", "-c", WORKERS, str(world.end))
     for kills in (1, 2):
         os.kill(world.rules()["agent"]["pid"], signal.SIGKILL)
         until(lambda kills=kills: world.status().get("agents_lost") == kills, "hostd saw it die")
@@ -147,7 +151,7 @@ def test_an_agent_that_is_killed_is_followed_by_another_and_all_finish(world):
 def test_when_hostd_is_killed_the_kernel_has_its_threads_and_all_finish(world):
     workers = world.workers()
     before = attributes.read(workers.pid), attributes.affinity(workers.pid)
-    hostd = world.hostd(*POLICIES["fifo"], "--agent-core", "0", "--pids", str(workers.pid))
+    hostd = world.hostd(*POLICIES["fifo"], "--pids", str(workers.pid))
     world.rules()
     assert attributes.read(workers.pid).policy == "EXT"
     hostd.kill()
@@ -162,7 +166,7 @@ def test_when_hostd_is_killed_the_kernel_has_its_threads_and_all_finish(world):
 def test_a_silent_agent_gives_way_to_fifo_then_to_the_kernel_and_takes_over_again_when_it_wakes(world):
     workers = world.workers()
     hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
-    agent = world.start([*WAVE, "agentd", f"shm://{world.folder}/{world.name}/agent.sock", "fifo", "--core", "0"])
+    agent = world.start([*WAVE, "agentd", f"shm://{world.folder}/{world.name}/agent.sock", "fifo", "--core", "0", "--idle-us", NAP_US])
     world.rules()
     agent.send_signal(signal.SIGSTOP)
     until(lambda: world.status()["counters"]["fallbacks"] > 0, "the queue in the kernel took over")
