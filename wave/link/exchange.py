@@ -1,0 +1,545 @@
+"""The agent's end of network links: one socket, many hosts. It lets in those whose key is known, and gives each of their enclaves a `ZmqAgent`.
+
+A `ZmqAgent` has two rings in this process's memory, so whoever decides uses it as any link, compiled loop or verbs; the exchange carries frames between
+rings and socket whenever it is stepped: by agentd's loop, or by the verbs of an agent that has the exchange to itself.
+
+ZeroMQ asks who may speak when a connection begins, and never again; so the key behind each frame is looked up anew, and what a revoked peer sends is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from waveos import ring
+from waveos.errors import LinkError, WaveError
+from waveos.keys import NAME, Keys
+from waveos.link import MESSAGES, TXNS
+from waveos.link.frames import MAX_RECORDS, Frame, Kind, pack, pack_json, read_json, unpack
+from waveos.link.session import Broken, Session
+from waveos.link.shm import Queue
+from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
+from waveos.link.zmq import AT_ONCE, BEAT_NS, HOST_SILENCE_S, TICK_NS, make_socket, parse_url
+from waveos.primitives import CoherentMemory
+from waveos.record import RECORD_WORDS, VERSION
+
+CAPACITY = 65_536
+"""Records of an agent's ring of messages, at most; a host may ask for less."""
+TXNS_CAPACITY = 16_384
+MAX_ENCLAVES = 64
+"""Of one address."""
+MAX_ROUTES = 1_024
+SAID_EVERY_S = 60.0
+Facts = dict[str, Any]
+Accept = Callable[["Door", str, str, Facts], "ZmqAgent"]
+"""(door, host's name, enclave, facts): the agent for an enclave that has not been here, or LinkError: why not."""
+
+
+class ZmqAgent(QueueVerbs):
+    """The agent's side of the link with one enclave of one host; a context manager. It is there before its host is, and waits for it."""
+
+    handed = None
+
+    def __init__(self, exchange: Exchange, url: str, subsystem: Any, alone: bool, facts: Facts | None = None) -> None:
+        super().__init__(url, "agent", subsystem)
+        self.facts: Facts = facts or {}
+        self._exchange, self._alone = exchange, alone
+        capacity = CAPACITY
+        with contextlib.suppress(ValueError, TypeError):
+            capacity = 1 << (max(2, min(int(self.facts.get("messages", CAPACITY)), CAPACITY)) - 1).bit_length()
+        self.capacity = capacity
+        self._up = _Pipe("messages", capacity, subsystem.SUBSYSTEM, np.zeros(0, self._message), np.zeros(BATCH, self._message))
+        self._down = _Pipe("txns", TXNS_CAPACITY, subsystem.SUBSYSTEM, np.zeros(MAX_RECORDS, self._decision), np.zeros(0, self._decision))
+        self.host = ""
+        """Name of the host's key."""
+        self.session: Session | None = None
+        self.ready = alone
+        self.stale = 0
+        """Transactions that were never sent: the session they were made in was over."""
+        self.over = ""
+        """Why this link is over."""
+        self.asked: tuple[int, bytes, int] | None = None  # the session the host asks for, the way to it, its window of transactions
+        self.route = b""
+        self.heard_ns = self.beat_ns = 0
+        self._held: deque[bytes] = deque()
+        self._base = 0  # the consumer's position when the session began
+
+    # What the exchange does with it
+
+    def greet(self, door: Door) -> None:
+        """Open the session that the host asks for, once there is a policy to serve it."""
+        if self.asked is None or not self.ready:
+            return
+        number, self.route, window = self.asked
+        if self.session is None or self.session.number != number:
+            self.session = Session(number, self.subsystem.SUBSYSTEM, window, self.capacity)
+            self._held.clear()
+            self._base = self._up.producer_next
+            while len(self._down.take(MAX_RECORDS)):  # decided on what is no more
+                self.stale += self._down.taken
+        self.heard_ns = time.monotonic_ns()
+        told = {"messages": self.capacity, "pid": os.getpid(), "policy": str(self.facts.get("policy", ""))}
+        door.send(self, pack_json(Kind.WELCOME, VERSION, self.subsystem.SUBSYSTEM, number, told))
+
+    def put(self, body: memoryview) -> None:
+        """Records from the host, into the ring, or kept until there is room."""
+        if self._held or not self._up.put(body):
+            self._held.append(bytes(body))
+
+    def carry(self, door: Door, now_ns: int) -> bool:
+        """Frames for what has been decided and what is due; False if nothing was."""
+        session = self.session
+        if session is None:
+            return False
+        while self._held and self._up.put(self._held[0]):
+            self._held.popleft()
+        session.taken = max(session.taken, self._up.consumer_next - self._base)
+        session.lost = self._down.lost
+        done = False
+        while (n := min(session.room, MAX_RECORDS)) > 0:
+            records = self._down.take(n)
+            if not len(records):
+                break
+            done = True
+            if not door.send(self, session.data(records.tobytes())):
+                return True
+            if len(records) < n:
+                break
+        if session.owes_credit or now_ns >= self.beat_ns:
+            self.beat_ns = now_ns + BEAT_NS
+            door.send(self, session.say(Kind.BEAT))
+        return done
+
+    @property
+    def busy(self) -> bool:
+        """Messages wait for whoever decides."""
+        return self._up.producer_next != self._up.consumer_next
+
+    # The link's verbs
+
+    def _send(self, queue: int, records: Records) -> int:
+        if queue != TXNS:
+            raise LinkError(f"queue {queue} of {self.url} is not one of transactions; a network link has {TXNS}")
+        self.check()
+        q = self._down.queue
+        words = np.ascontiguousarray(records).view(np.int64)
+        sent = int(ring.compiled().send(q.memory, q.own, words, len(records)))
+        if self._alone:
+            self._exchange.step(0)
+        else:
+            self._exchange.wake()
+        return sent
+
+    def _poll(self, queue: int, limit: int, wait_ns: int) -> Records:
+        if queue != MESSAGES:
+            raise LinkError(f"queue {queue} of {self.url} is not one of messages; a network link has {MESSAGES}")
+        q, end_ns = self._up.queue, 0
+        words = q.batch.view(np.int64)
+        while True:
+            got = int(ring.compiled().poll(q.memory, q.own, words, min(limit, BATCH)))
+            if got:
+                return q.batch[:got]
+            self.check()
+            now_ns = time.monotonic_ns()
+            end_ns = end_ns or now_ns + wait_ns
+            if self._alone:
+                if not self._exchange.step(max(0, end_ns - now_ns)) and now_ns >= end_ns:
+                    return q.batch[:0]
+            elif now_ns >= end_ns:
+                return q.batch[:0]
+            else:
+                time.sleep(0.000_1)
+
+    def queue(self, number: int) -> Queue:
+        """The queue of that number, for compiled loops."""
+        if number not in (MESSAGES, TXNS):
+            raise LinkError(f"{self.url} has no queue {number}; a network link has {MESSAGES} and {TXNS}")
+        return self._up.queue if number == MESSAGES else self._down.queue
+
+    def overflowed(self, queue: int = MESSAGES) -> int:
+        """How many records found that queue full."""
+        return self._down.lost if queue == TXNS else self.session.peer_lost if self.session else 0
+
+    def peer_alive(self) -> bool:
+        """True while there is a session."""
+        if self._alone:
+            self._exchange.step(0)
+        return self.session is not None and not self.over
+
+    def peer_joins(self) -> int:
+        """Always 1; a new host is a new session, which begins with its whole state."""
+        return 1
+
+    def check(self) -> None:
+        """Raises LinkError if the host has left, or has been silent for long."""
+        if self.over:
+            raise LinkError(f"{self.url}: {self.over}; reattach waits for a host")
+
+    def reattach(self, patience_s: float = 0.0) -> None:
+        """Wait for a host anew."""
+        if not self._alone:
+            raise LinkError(f"{self.url}: this enclave's link is over; agentd makes another when its host comes back")
+        self.over, self.session, self.asked = "", None, None
+        self._last, self._created = {}, 0
+
+    def close(self) -> None:
+        """Take leave of the host."""
+        self._exchange.leave(self)
+        if self._alone:
+            self._exchange.close()
+
+    def __enter__(self) -> ZmqAgent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Pipe:
+    """A ring in this process's memory, with both its sides: the exchange's, and that of who decides (`queue`)."""
+
+    def __init__(self, kind: str, capacity: int, subsystem: int, out: Records, batch: Records) -> None:
+        self._memory: Words = np.zeros(ring.words(capacity), np.int64)
+        ring.compiled().create(self._memory, capacity, VERSION, subsystem, 1)
+        producer, consumer = np.zeros(ring.OWN_WORDS, np.int64), np.zeros(ring.OWN_WORDS, np.int64)
+        ring.compiled().join_producer(self._memory, producer, VERSION, subsystem)
+        ring.compiled().join_consumer(self._memory, consumer, VERSION, subsystem)
+        self._producer, self._consumer, self._out = producer, consumer, out
+        sends = kind == "txns"
+        own, words = producer if sends else consumer, batch.view(np.int64)
+        addresses = np.array([number for array in (self._memory, own, words) for number in (array.ctypes.data, array.size)])
+        self.queue = Queue(kind, sends, self._memory, own, batch, addresses, addresses.ctypes.data)
+        self.taken = 0
+
+    def put(self, body: bytes | memoryview) -> bool:
+        """Put the records into the ring if there is room for all of them."""
+        words = np.frombuffer(bytearray(body), np.int64)
+        n = len(words) // RECORD_WORDS
+        if self._producer[ring.NEXT] - self._consumer[ring.NEXT] + n > self._producer[ring.CAPACITY]:
+            return False
+        if (
+            self._producer[ring.NEXT] - self._producer[ring.CREDIT] + n > self._producer[ring.CAPACITY]
+            and ring.room(CoherentMemory(self._memory), self._producer, n) < n
+        ):
+            return False
+        ring.compiled().send(self._memory, self._producer, words, n)
+        return True
+
+    def take(self, n: int) -> Records:
+        """Up to n records out of the ring; they hold until the next call."""
+        self.taken = int(ring.compiled().poll(self._memory, self._consumer, self._out.view(np.int64), n))
+        return self._out[: self.taken]
+
+    @property
+    def producer_next(self) -> int:
+        """Records put in so far."""
+        return int(self._producer[ring.NEXT])
+
+    @property
+    def consumer_next(self) -> int:
+        """Records taken out so far."""
+        return int(self._consumer[ring.NEXT])
+
+    @property
+    def lost(self) -> int:
+        """Records that found it full."""
+        return int(self._producer[ring.LOST])
+
+
+class Door:
+    """One address at which hosts of one subsystem arrive."""
+
+    def __init__(self, exchange: Exchange, url: str, subsystem: Any, accept: Accept) -> None:
+        self.url, self.subsystem, self._exchange, self._accept = url, subsystem, exchange, accept
+        self.agents: dict[tuple[str, str], ZmqAgent] = {}
+        self._routes: dict[bytes, str] = {}  # the key that a connection proved
+        _, endpoint = parse_url(url)
+        self.socket = make_socket(exchange.context, zmq.ROUTER, exchange.keys, endpoint)
+        self.socket.curve_server = True
+        self.socket.zap_domain = b"wave"
+        self.socket.router_mandatory = True
+        failed = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self.monitor = self.socket.get_monitor_socket(failed)
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            hint = (
+                "another agent listens there: stop it, or take another port" if error.errno == zmq.EADDRINUSE else "name an address of this machine"
+            )
+            raise LinkError(f"cannot listen at {endpoint}: {error.strerror}; {hint}") from None
+
+    def send(self, agent: ZmqAgent, frame: bytes) -> bool:
+        """Send a frame to the agent's host; False if the way to it is gone, and with it the session."""
+        try:
+            self.socket.send_multipart((agent.route, frame), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            agent.session = None
+            return False
+        return True
+
+    def hear(self) -> int:
+        """Take in what has come; how many frames."""
+        for heard in range(AT_ONCE):
+            try:
+                route = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return heard
+            body = self.socket.recv(copy=False)
+            whole = not body.more
+            while body.more:
+                body = self.socket.recv(copy=False)
+            public = self._routes.get(route)
+            if public is None:
+                public = self._prove(route, body)
+            key = self._exchange.keys.known(public)
+            if key is None or key.state != "valid":
+                self._exchange.dropped += 1
+                self._exchange.say_seldom(
+                    f"{self.url}: dropped what {key.name if key else public[:8] + '...'} sends: its key is {key.state if key else 'not known any more'}"
+                )
+                for agent in self.agents.values():
+                    if agent.route == route:
+                        agent.session = None
+                continue
+            frame = unpack(body.bytes) if whole and route[:1] == b"\0" else None  # a route of the peer's own choice could be another's before
+            if frame is None:
+                self._exchange.nonsense += 1
+                self._exchange.say_seldom(f"{self.url}: {key.name} sends what is no frame of this version of Wave")
+            else:
+                self._take(route, public, key.name, frame)
+        return AT_ONCE
+
+    def _prove(self, route: bytes, body: Any) -> str:
+        try:
+            public = z85.decode(body.get("User-Id")).hex()
+        except (zmq.ZMQError, ValueError):
+            public = ""
+        if len(self._routes) >= MAX_ROUTES:
+            self._routes.clear()
+        self._routes[route] = public
+        return public
+
+    def _take(self, route: bytes, public: str, host: str, frame: Frame) -> None:
+        if frame.kind == Kind.HELLO:
+            self._greet(route, public, host, frame)
+            return
+        for (owner, _), agent in self.agents.items():
+            session = agent.session
+            if owner == public and session is not None and session.number == frame.session:
+                break
+        else:
+            if frame.kind != Kind.BYE:
+                self._answer(route, pack(Kind.RESET, VERSION, self.subsystem.SUBSYSTEM, frame.session))
+            return
+        agent.heard_ns, agent.route = time.monotonic_ns(), route
+        if frame.kind == Kind.BYE:
+            self.forget(agent, "its host has left")
+            return
+        try:
+            if body := session.hear(frame):
+                agent.put(body)
+        except Broken:
+            agent.session = None
+            self._answer(route, pack(Kind.RESET, VERSION, self.subsystem.SUBSYSTEM, frame.session))
+
+    def _greet(self, route: bytes, public: str, host: str, frame: Frame) -> None:
+        facts = read_json(frame.body)
+        enclave = facts.get("enclave") if facts else None
+        window = facts.get("txns") if facts else None
+        if facts is None or not isinstance(enclave, str) or not NAME.fullmatch(enclave) or not isinstance(window, int) or not 2 <= window <= 1 << 24:
+            self._exchange.nonsense += 1
+            self._refuse(route, frame, "a hello says enclave, a name of at most 64 letters, digits, '.', '_' and '-', and txns, a number of records")
+            return
+        try:
+            if frame.version != VERSION:
+                raise LinkError(f"it speaks version {frame.version} of the contract, this agent version {VERSION}: install the same waveos on both")
+            if frame.subsystem != self.subsystem.SUBSYSTEM:
+                raise LinkError(
+                    f"its subsystem is number {frame.subsystem}, this agent's policy is for {self.subsystem.SUBSYSTEM}: choose another port or policy"
+                )
+            agent = self.agents.get((public, enclave))
+            if agent is not None and not agent._alone and agent.facts != facts:
+                self.forget(agent, "its host has changed")
+                agent = None
+            if agent is None:
+                if len(self.agents) >= MAX_ENCLAVES:
+                    raise LinkError(f"{MAX_ENCLAVES} enclaves are served here, which is the most: start another agent at another port")
+                agent = self._accept(self, host, enclave, facts)
+                agent.host = host
+                self.agents[public, enclave] = agent
+        except (WaveError, ValueError) as error:
+            self._exchange.say_seldom(f"{self.url}: refused {host}: {error}")
+            self._refuse(route, frame, str(error))
+            return
+        agent.asked = frame.session, route, window
+        agent.greet(self)
+
+    def _refuse(self, route: bytes, frame: Frame, why: str) -> None:
+        self._answer(route, pack_json(Kind.REFUSED, VERSION, self.subsystem.SUBSYSTEM, frame.session, {"why": why[:300]}))
+
+    def _answer(self, route: bytes, frame: bytes) -> None:
+        with contextlib.suppress(zmq.ZMQError):
+            self.socket.send_multipart((route, frame), zmq.NOBLOCK)
+
+    def carry(self, now_ns: int) -> bool:
+        """Send what all agents have; False if none had anything."""
+        done = False
+        for agent in list(self.agents.values()):
+            done |= agent.carry(self, now_ns)
+            if agent.heard_ns and now_ns - agent.heard_ns > HOST_SILENCE_S * 1e9:
+                self.forget(agent, f"its host has been silent for {HOST_SILENCE_S:g} s")
+        return done
+
+    def forget(self, agent: ZmqAgent, why: str) -> None:
+        """The agent's link is over."""
+        agent.over, agent.session = agent.over or why, None
+        self.agents = {key: each for key, each in self.agents.items() if each is not agent}
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(200)
+
+
+class Exchange:
+    """All doors of one process. Not for two threads, but for `wake`."""
+
+    def __init__(self, keys: Keys | Path | str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+        self.keys = keys if isinstance(keys, Keys) else Keys(keys)
+        self.keys.own()
+        self.dropped = 0
+        """Frames of peers whose key is not valid."""
+        self.nonsense = 0
+        self._say, self._said = say, dict[str, float]()
+        self.context: zmq.Context[Any] = zmq.Context()
+        self._gate = self.context.socket(zmq.REP)
+        self._gate.bind("inproc://zeromq.zap.01")
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = zmq.Poller()
+        for each in (self._gate, self._bell):
+            self._poller.register(each, zmq.POLLIN)
+        self.doors: list[Door] = []
+        self._tick_ns = 0
+
+    def listen(self, url: str, subsystem: Any, accept: Accept) -> Door:
+        """Let hosts of that subsystem in at that address. Raises LinkError."""
+        door = Door(self, url, subsystem, accept)
+        self._poller.register(door.socket, zmq.POLLIN)
+        self.doors.append(door)
+        return door
+
+    def wake(self) -> None:
+        """From any thread: there is something to send."""
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._bell, 1)
+
+    def step(self, wait_ns: int) -> bool:
+        """Carry what there is, both ways, waiting up to `wait_ns` (whole ms) for something to do; False if there was nothing."""
+        now_ns = time.monotonic_ns()
+        done = False
+        for door in self.doors:
+            done |= door.carry(now_ns)
+        if not done and wait_ns > 0:
+            ready = self._poller.poll(-(-min(wait_ns, TICK_NS) // 1_000_000))
+            now_ns = time.monotonic_ns()
+            if any(each in (self._bell, self._gate) for each, _ in ready):
+                self._tick_ns = 0
+        if now_ns >= self._tick_ns:
+            self._tick(now_ns)
+        for door in self.doors:
+            done |= bool(door.hear())
+        return done
+
+    def _tick(self, now_ns: int) -> None:
+        self._tick_ns = now_ns + TICK_NS
+        with contextlib.suppress(OSError):
+            os.eventfd_read(self._bell)
+        while self._gate.poll(0):
+            self._let_in(self._gate.recv_multipart())
+        for door in self.doors:
+            while door.monitor.poll(0):
+                parse_monitor_message(door.monitor.recv_multipart())
+                self.say_seldom(f"{door.url}: refused a peer that does not speak CURVE, as every peer must")
+
+    def _let_in(self, asked: list[bytes]) -> None:
+        """ZeroMQ's question who may connect (ZAP 1.0: version, id, domain, address, identity, mechanism, key)."""
+        public = asked[6].hex() if len(asked) == 7 and asked[5] == b"CURVE" and len(asked[6]) == 32 else ""
+        key = self.keys.known(public)
+        good = key is not None and key.state == "valid"
+        if not good:
+            address = asked[3].decode("ascii", "replace") if len(asked) > 3 else "?"
+            self.say_seldom(
+                f"refused the {'key of ' + key.name + ', which is ' + key.state if key else 'unknown key ' + public}", f", from {address}"
+            )
+        user = z85.encode(asked[6]) if good else b""
+        code, text = (b"200", b"OK") if good else (b"400", b"unknown key")
+        self._gate.send_multipart((b"1.0", asked[1] if len(asked) > 1 else b"", code, text, user, b""))
+
+    def say_seldom(self, line: str, more: str = "") -> None:
+        """Say a line, at most once a minute."""
+        now_s = time.monotonic()
+        if now_s - self._said.get(line, -SAID_EVERY_S) >= SAID_EVERY_S:
+            if len(self._said) >= MAX_ROUTES:
+                self._said = {each: at for each, at in self._said.items() if now_s - at < SAID_EVERY_S}
+            if len(self._said) < MAX_ROUTES:
+                self._said[line] = now_s
+                self._say(line + more)
+
+    def leave(self, agent: ZmqAgent) -> None:
+        """This side of a link is closed: tell the host."""
+        for door in self.doors:
+            if agent in door.agents.values():
+                if agent.session is not None:
+                    door.send(agent, agent.session.say(Kind.BYE))
+                door.forget(agent, "this side was closed")
+        agent.over = agent.over or "this side was closed"
+
+    def close(self) -> None:
+        """Stop listening everywhere. Twice does no harm."""
+        if self.context.closed:
+            return
+        for door in self.doors:
+            for agent in list(door.agents.values()):
+                self.leave(agent)
+            door.close()
+        self.doors = []
+        self._gate.close(0)
+        self.context.destroy(linger=200)
+        os.close(self._bell)
+        self._bell = -1
+
+
+def listen_for_one(
+    url: str, subsystem: Any, keys: Keys | Path | str | None = None, patience_s: float = 0.0, say: Callable[[str], None] = lambda line: None
+) -> ZmqAgent:
+    """An agent that serves the first host to come, whose verbs do all the work. It waits up to `patience_s` for the host, and else is there before it."""
+    exchange = Exchange(keys, say)
+    agent = ZmqAgent(exchange, url, subsystem, alone=True)
+
+    def accept(door: Door, host: str, enclave: str, facts: Facts) -> ZmqAgent:
+        if any(each is agent for each in door.agents.values()):
+            raise LinkError("this agent serves another host; `wave agentd` serves many")
+        agent.facts = facts
+        return agent
+
+    try:
+        exchange.listen(url, subsystem, accept)
+        end_s = time.monotonic() + patience_s
+        while agent.session is None and time.monotonic() < end_s:
+            exchange.step(TICK_NS)
+    except BaseException:
+        exchange.close()
+        raise
+    return agent
