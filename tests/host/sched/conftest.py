@@ -176,6 +176,17 @@ class Hand:
 
         return until(found, f"{kind.name} about {tid}")[-1]
 
+    def flood(self, tid: int) -> None:
+        """Make decisions that are refused, and take no answer, until the messages find no room."""
+
+        def lost() -> bool:
+            for _ in range(64):
+                self.decide(tid, type=77)
+            self.mechanism.attend()
+            return bool(self.mechanism.counters()["overflow"])
+
+        until(lost, "the ring of messages is full")
+
     def preempt(self, cpu: int = 0) -> int:
         """Ask for the CPU to be given to what is staged there."""
         return self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)

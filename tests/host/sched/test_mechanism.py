@@ -129,20 +129,18 @@ def test_a_blocked_thread_is_not_run(enclave: Any) -> None:
     assert hand.outcome(hand.decide(tid)) is Outcome.TARGET_NOT_RUNNABLE
 
 
+@pytest.mark.cpus(2)
 def test_a_thread_is_not_put_on_two_cpus(enclave: Any) -> None:
-    worker = enclave.worker()
+    worker = enclave.worker(adopted=False)
+    os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(worker.pid))})
+    enclave.mechanism.adopt(worker.pid)
     hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
     worker.run()
     hand.told(Message.THREAD_RUNNABLE, tid)
     assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
-    hand.listen()
-    txn = hand.decide(tid)
-    worker2 = enclave.worker()  # something must make the CPU look at its queue: a preemption by another does
-    worker2.run()
-    hand.told(Message.THREAD_RUNNABLE, enclave.number(worker2.pid))
-    hand.decide(enclave.number(worker2.pid), flags=0)
-    hand.decide(-1, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)
-    assert hand.outcome(txn) in (Outcome.TARGET_ON_CPU, Outcome.STALE)
+    runs(worker.pid)
+    assert hand.outcome(hand.decide(tid, cpu=1)) is Outcome.TARGET_ON_CPU
+    runs(worker.pid)
 
 
 def test_a_thread_that_ended_is_gone(enclave: Any) -> None:
@@ -263,14 +261,7 @@ def test_messages_that_found_no_room_are_replayed_as_state(enclave: Any) -> None
     worker = enclave.worker()
     hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
     hand.listen()
-
-    def overflows() -> bool:
-        for _ in range(64):
-            hand.decide(tid, type=77)  # each is answered
-        enclave.mechanism.attend()
-        return enclave.mechanism.counters()["overflow"] == 1
-
-    until(overflows, "the ring overflows")
+    hand.flood(tid)
     worker.run()
     hand.listen()
     before = len(hand.heard)

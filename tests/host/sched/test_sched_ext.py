@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.host.sched.conftest import Hand, until
-from tests.host.sched.test_mechanism import runs
+from tests.host.sched.test_mechanism import ran_ns, runs
 from waveos.host.sched import attributes
 from waveos.outcome import Outcome
 from waveos.sched.records import Message
@@ -156,6 +156,30 @@ def test_a_decision_for_a_cpu_that_is_taken_waits_until_it_is_back(enclave: Any)
         enclave.mechanism.attend()
     assert hand.outcome(staged) is Outcome.COMMITTED
     runs(second.pid)
+
+
+def test_while_messages_are_lost_the_kernels_queue_gives_each_thread_its_turn(enclave: Any) -> None:
+    workers = [enclave.worker() for _ in range(3)]
+    hand = Hand(enclave.mechanism)
+    for worker in workers:
+        worker.run()
+        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
+    tid = enclave.number(workers[0].pid)
+    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    hand.flood(tid)
+    for _ in range(2):
+        for worker in workers:
+            before = ran_ns(worker.pid)
+            until(lambda pid=worker.pid, before=before: (enclave.mechanism.attend(), ran_ns(pid) > before)[1], f"{worker.pid} has its turn")
+    assert enclave.mechanism.counters()["overflow"] == 1
+    hand.listen()
+    after = len(hand.heard)
+    until(lambda: (enclave.mechanism.tick(), hand.listen(), Message.RESYNC in [m["type"] for m in hand.heard[after:]])[-1], "the whole state is told")
+    for worker in workers:
+        hand.told(Message.THREAD_NEW, enclave.number(worker.pid), after=after)
+    last = enclave.number(workers[-1].pid)
+    assert hand.outcome(hand.decide(last)) is Outcome.COMMITTED
+    runs(workers[-1].pid)
 
 
 def test_when_the_agent_is_silent_the_kernel_finds_out_by_itself_and_threads_take_turns(enclave: Any) -> None:
