@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,54 @@ def test_a_tool_that_is_not_installed_is_named_with_its_package(monkeypatch, tmp
         machine.run(kernels.Kernel("7.2.12", tmp_path), ["true"], timeout_s=1)
 
 
+class Guests:
+    """Boots that end as they are told to; each tells of as many of the tests that it was given as it has time for."""
+
+    def __init__(self, config: pytest.Config, *boots: tuple[int, machine.Ended]):
+        self._config, self._boots = config, list(boots)
+        self.given: list[list[str]] = []
+
+    def run(self, kernel, command, *, share: Path, **_) -> machine.Ended:
+        tests = (share / "tests").read_text().splitlines()
+        self.given.append(tests)
+        tells, ended = self._boots.pop(0)
+        with (share / "reports").open("w") as file:
+            for when, test in [("teardown", test) for test in tests[:tells]] + [("setup", test) for test in tests[tells : tells + 1]]:
+                report = pytest.TestReport(test, ("", None, ""), {}, "passed", None, when)
+                file.write(json.dumps(self._config.hook.pytest_report_to_serializable(config=self._config, report=report)) + "\n")
+        return ended
+
+
+WELL = machine.Ended(0, "", "", 8.0, 20.0)
+PANIC = machine.Ended(None, "", "Kernel panic - not syncing", 8.0, 20.0)
+HANGS = machine.Ended(None, "", "", 8.0, 900.0)
+NEVER = machine.Ended(None, "", "", 0.0, 240.0)
+
+
+@pytest.mark.parametrize(
+    ("boots", "given", "told"),
+    [
+        ([(3, WELL)], [3], 3),
+        ([(1, PANIC), (2, WELL)], [3, 2], 3),
+        ([(0, NEVER), (3, WELL)], [3, 3], 3),
+        ([(1, PANIC), (1, PANIC)], [3, 2], 2),
+        ([(3, PANIC)], [3], 3),
+        ([(1, HANGS)], [3], 1),
+    ],
+)
+def test_what_a_guest_that_failed_did_not_tell_runs_in_another_once(monkeypatch, request, tmp_path, boots, given, told):
+    tests = ["a", "b", "c"]
+    plugin = next(each for each in request.config.pluginmanager.get_plugins() if hasattr(each, "InGuest"))
+    guests = Guests(request.config, *boots)
+    monkeypatch.setattr(machine, "run", guests.run)
+    monkeypatch.setattr(kernels, "kernel", lambda series: kernels.Kernel(series, tmp_path))
+    monkeypatch.setattr(plugin, "_compile", lambda: None)
+    monkeypatch.setattr(plugin.Run, "_say", lambda self, line: None)
+    run = plugin.Run("7.2", tests, request.config)
+    assert [run.reports(test)[-1].outcome for test in tests] == ["passed"] * told + ["failed"] * (3 - told)
+    assert guests.given == [tests[-n:] for n in given]
+
+
 @pytest.fixture
 def kernel(request) -> kernels.Kernel:
     """A real one, if one is here already: the fast tests fetch nothing."""
@@ -159,7 +208,7 @@ def test_a_guest_that_does_not_end_is_stopped_and_its_share_tells_how_far_it_cam
 
 
 @pytest.mark.slow
-def test_a_kernel_that_panics_is_told_as_such_and_is_not_tried_again(kernel):
+def test_a_kernel_that_panics_is_told_as_such(kernel):
     ended = machine.run(kernel, ["/bin/sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"], timeout_s=200)
     assert ended.code is None
     assert str(ended) == "the kernel panicked"
