@@ -60,8 +60,8 @@ class ZmqAgent(QueueVerbs):
         self.capacity = capacity
         self._up = _Pipe("messages", capacity, subsystem.SUBSYSTEM, np.zeros(0, self._message), np.zeros(BATCH, self._message))
         self._down = _Pipe("txns", TXNS_CAPACITY, subsystem.SUBSYSTEM, np.zeros(MAX_RECORDS, self._decision), np.zeros(0, self._decision))
-        self.host = ""
-        """Name of the host's key."""
+        self.host = self.policy = ""
+        """Name of the host's key, and of the policy that it is told of."""
         self.session: Session | None = None
         self.ready = alone
         self.stale = 0
@@ -88,7 +88,7 @@ class ZmqAgent(QueueVerbs):
             while len(self._down.take(MAX_RECORDS)):  # decided on what is no more
                 self.stale += self._down.taken
         self.heard_ns = time.monotonic_ns()
-        told = {"messages": self.capacity, "pid": os.getpid(), "policy": str(self.facts.get("policy", ""))}
+        told = {"messages": self.capacity, "pid": os.getpid(), "policy": self.policy}
         door.send(self, pack_json(Kind.WELCOME, VERSION, self.subsystem.SUBSYSTEM, number, told))
 
     def put(self, body: memoryview) -> None:
@@ -228,7 +228,7 @@ class _Pipe:
         if self._producer[ring.NEXT] - self._consumer[ring.NEXT] + n > self._producer[ring.CAPACITY]:
             return False
         if (
-            self._producer[ring.NEXT] - self._producer[ring.CREDIT] + n > self._producer[ring.CAPACITY]
+            self._producer[ring.NEXT] - self._producer[ring.CREDIT] + n > self._producer[ring.CAPACITY]  # as it was when last read
             and ring.room(CoherentMemory(self._memory), self._producer, n) < n
         ):
             return False

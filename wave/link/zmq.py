@@ -31,7 +31,7 @@ from zmq.utils.monitor import parse_monitor_message
 from waveos.errors import LinkError
 from waveos.keys import LOOK_S, Keys
 from waveos.link import MESSAGES, TXNS
-from waveos.link.frames import HEADER, MAX_BYTES, MAX_RECORDS, Frame, Kind, pack_json, read_json, unpack
+from waveos.link.frames import MAX_BYTES, MAX_RECORDS, Frame, Kind, pack_json, read_json, unpack
 from waveos.link.session import Broken, Session
 from waveos.link.verbs import BATCH, QueueVerbs, Records
 from waveos.record import RECORD_BYTES, VERSION
