@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from waveos.sched.laws import failure, make_runtime
 from waveos.sched.records import KICKED, MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
+NETWORK = "zmq+tcp://"
+GUESTS = 64
+"""Enclaves of other machines that one agentd serves at most."""
 IDLE_S = 0.05
 """At most between two looks while no enclave is served."""
 TAPE_RECORDS = 16 * TAPE
@@ -280,18 +284,30 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     _compile()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    rows = np.zeros(len(urls), ENCLAVE)
+    addresses = [(url, policy) for url, policy in urls if policy and url.startswith(NETWORK)]
+    urls = [(url, policy) for url, policy in urls if not url.startswith(NETWORK)]
+    rows = np.zeros(len(urls) + (GUESTS if addresses else 0), ENCLAVE)
     served: list[Served] = []
+    reception: Any = None
     last: WaveError | None = None
     idle_ns = int(orders.idle_us * 1_000)
     try:
         served = [Served(url, policy, orders, rows[i : i + 1], i) for i, (url, policy) in enumerate(urls)]
-        while served:
+        if addresses:
+            reception = import_module("waveos.agents.remote").Reception(addresses, orders, rows[len(urls) :], len(urls))
+        look_ns = 0
+        while served or reception:
+            if reception:
+                served += reception.step(alone=not rows["serving"][: len(urls)].any())
             if rows["serving"].any():
-                status = serve(rows, idle_ns, clock_ns() + SLICE_NS)
+                status = serve(rows, idle_ns, 0 if reception else clock_ns() + SLICE_NS)
+                if reception and status != POLICY_FAILED and clock_ns() < look_ns:
+                    continue
+                look_ns = clock_ns() + SLICE_NS
             else:
                 status = None
-                Task.some_done.wait(IDLE_S)
+                if not reception:
+                    Task.some_done.wait(IDLE_S)
                 Task.some_done.clear()
             for each in list(served):
                 try:
@@ -304,12 +320,18 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                     last = error
                     each.close()
                     served.remove(each)
+                    if reception:
+                        reception.forget(each, str(error))
                     continue
                 if each.over:
                     served.remove(each)
+                    if reception:
+                        reception.forget(each)
     finally:
         for each in served:
             each.close()
+        if reception:
+            reception.close()
     if last is not None:
         raise last
 
