@@ -29,6 +29,7 @@ from waveos.errors import ConfigError, LinkError, PolicyError, WaveError
 from waveos.histogram import BINS, filled_ns
 from waveos.link import MESSAGES, TXNS, open_link
 from waveos.policy import load_policy
+from waveos.policy.plain import PlainRuntime
 from waveos.primitives import CoherentMemory, clock_ns
 from waveos.process import start_time
 from waveos.record import VERSION
@@ -147,7 +148,7 @@ class Served:
         """The policy, compiled, and its runtime; (class, None) for a plain one."""
         kind, orders = load_policy(policy), self.orders
         if getattr(kind.subsystem, "PLAIN", False):
-            kind.param_values(params)
+            PlainRuntime(kind, params)  # what is wrong with it is said now, and what its begin compiles is compiled
             return kind, None
         cpus, threads, ahead = (facts.get(name, getattr(orders, name)) for name in ("cpus", "threads", "ahead"))
         bound = kind.bind(n_cpus=cpus, params=params)
@@ -156,12 +157,35 @@ class Served:
     def _found(self, link: Any) -> None:
         self._link = link
         if self._runtime is None:
-            self._begin(lambda: serve_plain(link, self._bound, self._params, replay=self.orders.replay), self._plain_over)
+            attend = self._attend_plain if getattr(link, "handed", None) else None
+            self._begin(lambda: serve_plain(link, self._bound, self._params, replay=self.orders.replay, attend=attend), self._plain_over)
         else:
             self._join()
 
     def _plain_over(self, _result: Any) -> None:
         self._lost()
+
+    def _attend_plain(self, told: dict[str, Any]) -> tuple[Any, dict[str, float]] | None:
+        """Beside the loop, between two batches of a plain policy: what hostd asks for. The policy that is to decide from now on, if it is another."""
+        change = None
+        for request in self._link.handed.requests():
+            if "report" in request:
+                about = {"policy": self._policy, "params": self._params, "pid": os.getpid(), "start": start_time(os.getpid())}
+                self._link.handed.answer({"report": {**told, **about}})
+            elif "set-policy" in request:
+                name, params = request["set-policy"]["policy"], request["set-policy"].get("params") or {}
+                try:
+                    kind = load_policy(name)
+                    if kind.subsystem is not self._bound.subsystem:
+                        raise PolicyError(f"policy {name!r} is of another subsystem than the enclave")
+                    self._bind({}, name, params)
+                except (WaveError, ValueError) as error:
+                    self._link.handed.answer({"unwilling": str(error)})
+                    continue
+                self._policy, self._params, self._bound = name, params, kind
+                self._link.renew({"policy": name, "params": params})
+                change = kind, params
+        return change
 
     def _join(self) -> None:
         """Let the loop serve the link's present queues with the present runtime."""
@@ -281,7 +305,8 @@ class Served:
 def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
     sys.setswitchinterval(SWITCH_S)
-    _compile()
+    if not all(policy and getattr(load_policy(policy).subsystem, "PLAIN", False) for _, policy in urls):
+        _compile()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     addresses = [(url, policy) for url, policy in urls if policy and url.startswith(NETWORK)]

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,9 @@ def check_process(pid: int) -> None:
         raise ConfigError(f"PID {pid} is a thread of process {tgid}; name the process, all its threads are taken")
 
 
-def find_cgroup(path: str) -> Path:
+def find_cgroup(path: str, hierarchies: Sequence[str] = ("", "unified", "cpu", "cpuset")) -> Path:
     """The folder of a cgroup: an absolute path, or one below a hierarchy as /proc/PID/cgroup shows it. Raises ConfigError."""
-    candidates = [Path(path)] if path.startswith(str(CGROUPS)) else [CGROUPS / part / path.lstrip("/") for part in ("", "unified", "cpu", "cpuset")]
+    candidates = [Path(path)] if path.startswith(str(CGROUPS)) else [CGROUPS / part / path.lstrip("/") for part in hierarchies]
     for folder in candidates:
         if (folder / "cgroup.procs").exists():
             if not (folder.parent / "cgroup.procs").exists():

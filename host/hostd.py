@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from waveos.errors import ConfigError, WaveError
 from waveos.handover import Message
 from waveos.host import changes, privilege
 from waveos.host.doors import AgentDoor, Allowed, Client, ControlDoor
-from waveos.host.enclave import Cgroup, Command, Enclave, Processes, parse_cpus, show_cpus
+from waveos.host.enclave import Cgroup, Command, parse_cpus, show_cpus
 from waveos.host.poll import Poll
 from waveos.host.restore import Journal, names, owner_alive, path_of, read
-from waveos.host.sched import mechanism
 from waveos.host.settings import Settings
 from waveos.process import start_time
 
@@ -38,7 +38,6 @@ ASKED_AT_ONCE = 4
 BACK_OFF_S = (0.1, 5.0)
 """An agent that died is started again after the first, doubled each time up to the second; one that lived longer than that begins anew."""
 STOP_S = 3.0
-THREADS = 4_096
 CACHE = Path("/var/cache/waveos")
 """Compiled policies of agents that run as users without a home."""
 
@@ -50,6 +49,7 @@ class Hostd:
         """Raises WaveError, with the machine as it was, when the enclave cannot be had."""
         privilege.need_root()
         self.settings = settings
+        self._room: Any = import_module(f"waveos.host.{settings.subsystem}.hosted")
         self.policy, self.params = settings.policy, settings.params
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
@@ -73,8 +73,8 @@ class Hostd:
     def _begin(self) -> None:
         told, own = self.settings, self.settings.hostd
         self._agent_user = privilege.account(told.agent.user) if told.agent.user else None
-        cpus = parse_cpus(told.cpus)
-        own_cpu = own.cpu if own.cpu is not None else cpus[0]
+        cpus = parse_cpus(told.cpus) if told.cpus else []
+        own_cpu = own.cpu if own.cpu is not None or not cpus else cpus[0]
         if told.agent.core is not None and told.agent.core not in self._cores:
             raise ConfigError(f"--agent-core {told.agent.core}: hostd may use the CPUs {show_cpus(sorted(self._cores))}")
         if told.agent.start and told.agent.core in cpus:
@@ -85,10 +85,10 @@ class Hostd:
         self._stack.callback(self._restore)
         for line in self.journal.recovered:
             _say(f"{told.enclave}: put back what a dead hostd left: {line}")
-        self.enclave = self._find_members(cpus)
+        self.enclave = self._room.find_members(told)
         self._stack.callback(self.enclave.close)
-        self._refuse_others(self.enclave.threads())
-        self.mechanism = mechanism.make(told.mechanism, self.enclave, self.journal, **told.settings)
+        self._refuse_others(self._room.claims(self.enclave))
+        self.mechanism = self._room.make(told, self.enclave, self.journal, self._tell)
         self._stack.callback(self.mechanism.close)
         self._adopt_all()
         self.poll = Poll()
@@ -106,30 +106,21 @@ class Hostd:
         self._stack.callback(self._stop_agent)
         if told.agent.start:
             self._start_agent()
-        for line in privilege.settle_down(own_cpu, own.priority):
+        for line in privilege.settle_down(own_cpu, self._room.PRIORITY if own.priority is None else own.priority):
             _say(f"{told.enclave}: {line}")
         if not own.keep_capabilities:
             privilege.keep_only((*privilege.HOSTD, *getattr(self.mechanism, "capabilities", ())))
         self._faults = privilege.page_faults()
 
-    def _find_members(self, cpus: list[int]) -> Enclave:
-        told = self.settings
-        if told.pids:
-            return Processes(told.enclave, cpus, told.pids)
-        if told.cgroup:
-            return Cgroup(told.enclave, cpus, told.cgroup)
-        user = privilege.account(told.command_user) if told.command_user else None
-        return Command(told.enclave, cpus, told.command, (user.uid, user.gid) if user else None)
-
-    def _refuse_others(self, threads: list[int]) -> None:
-        """Raises ConfigError if a thread belongs to another live enclave."""
+    def _refuse_others(self, claims: set[tuple[str, Any]]) -> None:
+        """Raises ConfigError if something of ours, a thread say, belongs to another live enclave."""
         for name in names():
             if name == self.settings.enclave:
                 continue
             owner, entries = read(path_of(name))
-            taken = {entry["what"] for entry in entries if entry["kind"] == "thread"} if owner_alive(owner) else set()
-            if both := sorted(taken & set(threads)):
-                raise ConfigError(f"thread {both[0]} belongs to the enclave {name!r} (pid {owner['pid']}) already; a thread has one enclave")
+            taken = {(entry["kind"], entry.get("what")) for entry in entries} if owner_alive(owner) else set()
+            for kind, what in sorted(taken & claims)[:1]:
+                raise ConfigError(f"{kind} {what} belongs to the enclave {name!r} (pid {owner['pid']}) already; a {kind} has one enclave")
 
     def _adopt_all(self) -> None:
         """Take all members in; threads that were born meanwhile as well. Raises ConfigError when one cannot be had."""
@@ -166,6 +157,9 @@ class Hostd:
             return 0 if status is None else status if status >= 0 else 128 - status
         return 0
 
+    def _tell(self, line: str) -> None:
+        _say(f"{self.settings.enclave}: {line}")
+
     def close(self) -> None:
         """Everything as it was. Twice does no harm."""
         self._stack.close()
@@ -179,11 +173,8 @@ class Hostd:
     def _facts(self) -> Message:
         return {
             "enclave": self.settings.enclave,
-            "subsystem": 1,
-            "cpus": len(self.enclave.cpus),
-            "threads": getattr(self.mechanism, "threads", THREADS),
-            "ahead": self.settings.ahead,
-            "bell": self.mechanism.bell,
+            "subsystem": self._room.SUBSYSTEM,
+            **self._room.facts(self.settings, self.enclave, self.mechanism),
             "policy": self.policy,
             "params": self.params,
         }
@@ -206,7 +197,10 @@ class Hostd:
     def _start_agent(self) -> None:
         """A child of ours that runs as the user it is told to, on its own core, as an ordinary process."""
         agent = self.settings.agent
-        command = [sys.executable, "-P", "-m", "waveos.agents.agentd", f"shm://{self.agents.path}", "--nice", str(agent.nice)]
+        command = [sys.executable, "-P", "-m", "waveos.agents.agentd", f"shm://{self.agents.path}"]
+        if not self._room.AGENT_ASKS and self.policy is not None:
+            command += [self.policy, *(word for key, value in self.params.items() for word in ("--param", f"{key}={value!r}"))]
+        command += ["--nice", str(agent.nice)]
         command += ["--idle-us", str(agent.idle_us), "--parent", str(os.getpid())]
         command += ["--core", str(agent.core)] if agent.core is not None else []
         command += ["--measure"] if agent.measure else []
@@ -357,6 +351,7 @@ class Hostd:
         return {
             "enclave": self.settings.enclave,
             "pid": os.getpid(),
+            "subsystem": self.settings.subsystem,
             "mechanism": self.mechanism.name,
             "cpus": show_cpus(self.enclave.cpus),
             "members": self.enclave.describe(),
@@ -381,7 +376,8 @@ class Hostd:
 def serve(settings: Settings) -> int:
     """Run hostd with these settings until it ends; the exit status. Raises WaveError when it cannot begin."""
     daemon = Hostd(settings)
-    _say(f"{settings.enclave}: CPUs {show_cpus(daemon.enclave.cpus)}, {daemon.enclave.describe()}, mechanism {daemon.mechanism.name}")
+    cpus = f"CPUs {show_cpus(daemon.enclave.cpus)}, " if daemon.enclave.cpus else ""
+    _say(f"{settings.enclave}: {cpus}{daemon.enclave.describe()}, mechanism {daemon.mechanism.name}")
     return daemon.run()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,7 +43,7 @@ class Daemon(_Table):
     """hostd itself."""
 
     cpu: int | None = Field(None, ge=0, description="the number of a CPU; by default the enclave's first")
-    priority: int = Field(60, ge=0, le=98, description="a real-time priority above the enclave's threads, or 0: an ordinary process")
+    priority: int | None = Field(None, ge=0, le=98, description="a real-time priority above the enclave's threads, or 0: an ordinary process")
     group: str | None = Field(None, description="the name of a group whose members may connect")
     keep_capabilities: bool = Field(False, description="true or false")
 
@@ -52,7 +52,8 @@ class Settings(_Table):
     """One enclave."""
 
     enclave: str = Field(description="a name")
-    cpus: str = Field(description='the CPUs of the enclave, as in "0-3,5"')
+    subsystem: Literal["sched", "memory"] = Field("sched", description='"sched" or "memory"')
+    cpus: str = Field("", description='the CPUs of the enclave, as in "0-3,5"; of memory none')
     pids: list[int] = Field([], description="numbers of processes")
     cgroup: str | None = Field(None, description="the path of a cgroup")
     command: list[str] = Field([], description="a command and its arguments, a list of strings")
@@ -67,6 +68,10 @@ class Settings(_Table):
 
     @model_validator(mode="after")
     def _one_kind_of_members(self) -> Settings:
+        if bool(self.cpus) != (self.subsystem == "sched"):
+            raise ValueError(
+                "cpus is missing: say which CPUs the enclave has" if not self.cpus else f"cpus is for scheduling; {self.subsystem} has none"
+            )
         named = [name for name in ("pids", "cgroup", "command") if getattr(self, name)]
         if len(named) != 1:
             raise ValueError(f"who belongs to the enclave is said by one of pids, cgroup and command, not by {' and '.join(named) or 'none'}")

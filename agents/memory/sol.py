@@ -59,6 +59,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         self.stopped_until, self.offences = 0, 0
         self.stall_us, self.wrong, self.seen, self.suspicious = 0, 0, 0, 0
         self.stops: list[tuple[int, str]] = []  # (agent's clock, why): what the safeguards did
+        self._learn(np.zeros(0, bool), np.zeros(0, bool))  # what is compiled is compiled before a host waits for it
 
     # What the host tells.
 
@@ -121,19 +122,7 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         self.wrong += int((seen & touched).sum())
         self.seen += int(seen.sum())
         of.shadow &= ~(seen & touched)
-        posteriors.learn(
-            np.packbits(scanned, bitorder="little").view(np.uint64),
-            np.packbits(touched, bitorder="little").view(np.uint64),
-            self.tick,
-            int(self.seed),
-            of.counts,
-            of.arm,
-            of.idle,
-            of.due,
-            of.last,
-            self.quantiles,
-            self.weights,
-        )
+        self._learn(scanned, touched)
 
     def timer_expired(self, msg, txns):
         if msg.seq == TICK:
@@ -158,6 +147,22 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         of.asked |= due
         of.due[due] = posteriors.NOT_DUE
         memory.scan(txns, *of.where(due))
+
+    def _learn(self, scanned, touched):
+        of = self.batches
+        posteriors.learn(
+            np.packbits(scanned, bitorder="little").view(np.uint64),
+            np.packbits(touched, bitorder="little").view(np.uint64),
+            self.tick,
+            int(self.seed),
+            of.counts,
+            of.arm,
+            of.idle,
+            of.due,
+            of.last,
+            self.quantiles,
+            self.weights,
+        )
 
     def predict(self):
         """The batches that are believed cold, as one truth value each."""
@@ -225,6 +230,17 @@ class Sol(Policy, subsystem=memory, name="sol", compiled=False):
         of.shadow[:], of.came[:] = self.predict(), False
         self.wrong, self.stall_us = 0, 0
         self.seen = int((of.shadow & ~of.resident).sum())  # a touch of what is not resident is always told
+
+    def report(self):
+        """What `wave status` shows of it."""
+        of = self.batches
+        return {
+            "batches_known": int(of.live.sum()),
+            "batches_believed_cold": int(self.predict().sum()),
+            "batches_reclaimed": int((of.live & ~of.resident).sum()),
+            "actuator_stops": len(self.stops),
+            "last_stop": self.stops[-1][1] if self.stops else "",
+        }
 
     def _return(self, back):
         """These are resident again, and hot as far as is known."""

@@ -28,6 +28,7 @@ class MemoryCgroup:
             raise ConfigError(f"{self.path} is no cgroup of the memory controller: it has neither memory.limit_in_bytes nor memory.high")
         self.given = self.limit_bytes()
         """The operator's own limit, which is never exceeded."""
+        self.now = self.given
 
     def pids(self) -> list[int]:
         """Processes in it; none when it is gone."""
@@ -56,9 +57,10 @@ class MemoryCgroup:
         if not self._noted:
             self._noted = changes.note_file(self._journal, self._limit)
         self._limit.write_text(str(wanted))
+        self.now = wanted
         return wanted
 
     def restore(self) -> list[str]:
         """The limit as it was; lines about what could not be."""
-        number, self._noted = self._noted, 0
+        number, self._noted, self.now = self._noted, 0, self.given
         return self._journal.undo(number) if number else []

@@ -332,6 +332,26 @@ class MemoryMechanism:
             self._once(f"{self.cgroup.path}: the limit cannot be set ({error.strerror}); other decisions are carried out")
             return Outcome.CONGESTED, 0
 
+    def facts(self) -> dict[str, Any]:
+        """What has happened so far, and what there is."""
+        return {
+            "passes": self.passes,
+            "outcomes": dict(self.counts),
+            "advised_kib": dict(self.advised_kib),
+            "cpu_ms": {name: spent // 1_000_000 for name, spent in self.spent_ns.items()},
+            "processes": len(self.processes),
+            "limit_mib": limit >> 20 if (limit := self.cgroup.now) < self.cgroup.given else 0,
+            "regions": {
+                f"{number}": {
+                    "pid": region.process.pid,
+                    "batches": region.count,
+                    "resident_mib": int(region.rss.sum()) >> 10,
+                    "swap_mib": int(region.swap.sum()) >> 10,
+                }
+                for number, region in self.regions.items()
+            },
+        }
+
     # The agent's comings and goings.
 
     def agent_gone(self) -> None:

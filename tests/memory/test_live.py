@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -14,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from waveos.errors import MissingError
+from waveos.errors import ConfigError, LinkError, MissingError
 from waveos.host import changes
+from waveos.host.doors import ask
 from waveos.host.memory.procfs import swap_free_kib
 from waveos.host.memory.zram import Zram
 from waveos.host.restore import Journal, restore
+from waveos.process import start_time
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
+WAVE = ["-c", "import sys; from waveos.cli import run; sys.exit(run(sys.argv[1:]))"]
 DEADLINE_S = 90.0
 BATCHES = 64
 
@@ -53,9 +55,9 @@ for line in sys.stdin:  # "touch": the hot half; "check": all of it
 class World:
     """A cgroup with an application in it, swap, and whoever manages its memory."""
 
-    def __init__(self, stack, folder):
+    def __init__(self, stack):
         self.name = f"test-memory-{os.getpid()}-{secrets.token_hex(3)}"
-        self.folder, self._stack = folder, stack
+        self.enclave, self._stack = f"{self.name}-hostd", stack
         self.journal = Journal(self.name)
         stack.callback(self.journal.close)
         self.cgroup = CGROUPS / f"wave-{self.name}"
@@ -68,16 +70,19 @@ class World:
                 pytest.skip(str(error))
         self.application = self._start([sys.executable, "-P", "-c", APPLICATION, str(BATCHES)], stdin=subprocess.PIPE, inside=True)
         assert self.application.stdout.readline() == "ready\n"
-        self.daemon = None
+        self.hostd = None
         stack.callback(self._clear)
 
     def _clear(self):
-        """What a daemon that was killed leaves: its journal, and the segment of its link."""
-        if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.wait()
-            restore([f"{self.name}-daemon"])
-        Path(f"/dev/shm/wave-{self.name}").unlink(missing_ok=True)
+        """What a hostd that was killed leaves."""
+        if self.hostd is not None:
+            self.hostd.terminate()
+            try:
+                self.hostd.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self.hostd.kill()
+                self.hostd.wait()
+        restore([self.enclave])
 
     def _start(self, command, inside=False, **more):
         def enter():
@@ -93,20 +98,18 @@ class World:
         self._stack.callback(end)
         return process
 
-    def manage(self, policy="region_age", link="shm", **params):
-        """Start the daemon, which starts the agent."""
-        self.status = self.folder / "status.json"
-        self.status.unlink(missing_ok=True)
-        url = f"shm://{self.name}" if link == "shm" else link
-        command = [sys.executable, "-P", "-m", "waveos.host.memory.daemon", url, "--cgroup", str(self.cgroup), "--pass-ms", "100"]
-        command += ["--enclave", f"{self.name}-daemon", "--policy", policy, "--status", str(self.status)]
+    def manage(self, policy="region_age", *more, **params):
+        """Start hostd, which starts the agent."""
+        command = [sys.executable, "-P", *WAVE, "hostd", "--subsystem", "memory", "--enclave", self.enclave, "--cgroup", str(self.cgroup)]
+        command += ["--setting", "pass_ms=100", "--policy", policy, *more]
         for name, value in params.items():
             command += ["--param", f"{name}={value}"]
-        self.daemon = self._start(command)
+        self.hostd = self._start(command)
 
     def facts(self):
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads(self.status.read_text())
+        """What hostd tells; {} while there is none."""
+        with contextlib.suppress(ConfigError, LinkError):
+            return ask(self.enclave, {"do": "status"}, DEADLINE_S)
         return {}
 
     def ask(self, what):
@@ -118,8 +121,8 @@ class World:
         return int(Path(f"/proc/{self.application.pid}/statm").read_text().split()[1]) * 4 // 1024
 
     def agent(self):
-        """The agent's pid: the daemon's child."""
-        return int(Path(f"/proc/{self.daemon.pid}/task/{self.daemon.pid}/children").read_text().split()[0])
+        """The pid of the agent that is attached, or None."""
+        return (self.facts().get("agent") or {}).get("pid")
 
     def until(self, condition):
         """Keep the hot half hot until it is true."""
@@ -134,9 +137,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
+def world():
     with contextlib.ExitStack() as stack:
-        made = World(stack, tmp_path)
+        made = World(stack)
         yield made
     assert not made.cgroup.exists()
 
@@ -149,6 +152,10 @@ def test_the_cold_half_is_paged_out_the_hot_half_stays_and_all_of_it_can_be_read
     world.manage(**AGE)
     world.until(lambda: world.rss_mib() < full - 0.4 * BATCHES * 2)
     assert world.rss_mib() > full - 0.75 * BATCHES * 2
+    told = world.facts()
+    assert (told["subsystem"], told["cpus"], told["policy"], told["report"]["policy"]) == ("memory", "", "region_age", "region_age")
+    assert told["counters"]["advised_kib"]["pageout"] >= 0.4 * BATCHES * 2048
+    assert told["report"]["decisions"] > 0
     assert world.ask("check") == "True"
 
 
@@ -156,38 +163,98 @@ def test_an_agent_that_is_killed_leaves_a_process_that_lives_and_a_new_one_goes_
     full = world.rss_mib()
     world.manage(**AGE)
     world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
-    os.kill(world.agent(), signal.SIGKILL)
-    world.until(lambda: world.facts().get("agent") is False)
+    first = world.agent()
+    os.kill(first, signal.SIGKILL)
+    assert world.ask("check") == "True"
+    world.until(lambda: world.agent() not in (None, first))
+    world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
+    assert world.facts()["agents_lost"] == 1
     assert world.ask("check") == "True"
 
 
-def test_a_daemon_that_is_killed_leaves_a_limit_that_restore_takes_back(world):
+def test_a_hostd_that_is_killed_leaves_a_limit_that_restore_takes_back(world):
     limit = world.limit()
     world.manage("static", limit_mib=100)
     world.until(lambda: world.limit() == 100 << 20)
-    world.daemon.kill()
-    world.daemon.wait()
+    agent = world.agent()
+    world.hostd.kill()
+    world.hostd.wait()
     assert world.limit() == 100 << 20
-    done, failed = restore([f"{world.name}-daemon"])
+    done, failed = restore([world.enclave])
     assert failed == []
     assert any("memory.limit_in_bytes" in line for line in done)
     assert world.limit() == limit
     assert world.ask("check") == "True"
+    world.until(lambda: start_time(agent) is None)  # it ends with the hostd that started it
 
 
-def test_a_limit_goes_when_its_agent_is_killed_and_when_the_daemon_is_stopped(world):
+def test_the_next_hostd_puts_back_what_a_killed_one_left(world):
     limit = world.limit()
     world.manage("static", limit_mib=100)
     world.until(lambda: world.limit() == 100 << 20)
-    os.kill(world.agent(), signal.SIGKILL)
-    world.until(lambda: world.limit() == limit)
-    world.daemon.terminate()
-    assert world.daemon.wait(DEADLINE_S) == 0
+    world.hostd.kill()
+    world.hostd.wait()
+    world.manage("static", limit_mib=0)
+    world.until(lambda: world.facts())
+    assert world.limit() == limit
+
+
+def test_a_limit_goes_when_its_agent_is_killed_comes_with_the_next_and_goes_with_hostd(world):
+    limit = world.limit()
+    world.manage("static", limit_mib=100)
+    world.until(lambda: world.limit() == 100 << 20)
+    first = world.agent()
+    os.kill(first, signal.SIGKILL)
+    world.until(lambda: world.facts()["agents_lost"] == 1 and world.limit() == 100 << 20)
+    assert world.agent() != first
+    world.hostd.terminate()
+    assert world.hostd.wait(DEADLINE_S) == 0
+    assert world.limit() == limit
     assert world.ask("check") == "True"
 
 
-def test_the_daemon_ends_with_its_last_process(world):
+def test_a_limit_goes_while_its_agent_hangs_and_comes_back_with_its_first_sign_of_life(world):
+    limit = world.limit()
+    world.manage("static", "--setting", "silent_s=1", limit_mib=100)
+    world.until(lambda: world.limit() == 100 << 20)
+    agent = world.agent()
+    os.kill(agent, signal.SIGSTOP)
+    world.until(lambda: world.limit() == limit)
+    os.kill(agent, signal.SIGCONT)
+    world.until(lambda: world.limit() == 100 << 20)
+    assert world.facts()["counters"]["silences"] == 1
+    assert world.agent() == agent
+
+
+def test_another_policy_takes_over_and_one_of_another_subsystem_does_not(world):
+    full = world.rss_mib()
+    world.manage("static", limit_mib=0)
+    world.until(lambda: world.agent())
+    refused = ask(world.enclave, {"do": "set-policy", "policy": "fifo"}, DEADLINE_S)
+    assert "another subsystem" in refused["error"]
+    taken = ask(world.enclave, {"do": "set-policy", "policy": "region_age", "params": AGE}, DEADLINE_S)
+    assert (taken["ok"], taken["policy"], taken["was"]) == (True, "region_age", "static")
+    world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
+    assert world.facts()["agents_lost"] == 0
+
+
+def test_a_cgroup_has_one_enclave(world):
+    world.manage("static", limit_mib=0)
+    world.until(lambda: world.facts())
+    command = [sys.executable, "-P", *WAVE, "hostd", "--subsystem", "memory", "--enclave", f"{world.enclave}-2", "--cgroup", str(world.cgroup)]
+    told = subprocess.run([*command, "--no-agent"], capture_output=True, text=True)
+    assert told.returncode == 2
+    assert f"cgroup {world.cgroup} belongs to the enclave '{world.enclave}'" in told.stderr
+
+
+def test_a_process_that_ends_is_forgotten_and_hostd_ends_when_the_cgroup_is_removed(world):
     world.manage(**AGE)
-    world.until(lambda: world.facts().get("agent"))
+    world.until(lambda: world.facts() and world.facts()["counters"]["regions"])
     world.application.kill()
-    assert world.daemon.wait(DEADLINE_S) == 0
+    world.application.wait()
+    end = time.monotonic() + DEADLINE_S
+    while world.facts()["counters"]["processes"]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    world.cgroup.rmdir()
+    assert world.hostd.wait(DEADLINE_S) == 0

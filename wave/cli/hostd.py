@@ -20,7 +20,8 @@ Name = Annotated[str | None, typer.Argument(help="The enclave; may be left out w
 def hostd(
     config: Annotated[Path | None, typer.Option(help="A TOML file that says all of this; flags win over it.", show_default=False)] = None,
     enclave: Annotated[str | None, typer.Option(help="The enclave's name.", show_default=False)] = None,
-    cpus: Annotated[str | None, typer.Option(help="Its CPUs, as in 0-3,5.", show_default=False)] = None,
+    subsystem: Annotated[str | None, typer.Option(help="sched or memory.  [default: sched]", show_default=False)] = None,
+    cpus: Annotated[str | None, typer.Option(help="Its CPUs, as in 0-3,5 (sched).", show_default=False)] = None,
     pids: Annotated[str | None, typer.Option(help="Its members: these processes, as in 12,13, with all their threads.", show_default=False)] = None,
     cgroup: Annotated[str | None, typer.Option(help="Its members: all that is and comes into this cgroup.", show_default=False)] = None,
     command: Annotated[
@@ -39,9 +40,11 @@ def hostd(
     group: Annotated[str | None, typer.Option(help="Members of this group may be its agent and ask for its status.", show_default=False)] = None,
     setting: Annotated[list[str] | None, typer.Option(metavar="KEY=NUMBER", help="A setting of the mechanism.", show_default=False)] = None,
 ) -> int:
-    """Own an enclave on this machine: threads and CPUs that an agent schedules. Runs as root until stopped; then all is as it was."""
+    """Own an enclave on this machine: threads and CPUs that an agent schedules, or a cgroup whose memory it manages. Runs as root until stopped; then all
+    is as it was."""
     flags: dict[str, Any] = {
         "enclave": enclave,
+        "subsystem": subsystem,
         "cpus": cpus,
         "pids": None if pids is None else _numbers(pids),
         "cgroup": cgroup,
@@ -105,7 +108,7 @@ def status(name: Name = None, as_json: Json = False) -> None:
     agent, report = told["agent"], told["report"] or {}
     rows = [
         ("enclave", told["enclave"]),
-        ("CPUs", told["cpus"]),
+        *([("CPUs", told["cpus"])] if told["cpus"] else []),
         ("members", told["members"]),
         ("mechanism", told["mechanism"]),
         ("policy", " ".join([told["policy"] or "none", *(f"{key}={value:g}" for key, value in told["params"].items())])),

@@ -1,0 +1,184 @@
+"""Memory, as hostd serves it: the processes of one cgroup, the mechanism behind rings that an agent polls, and what becomes of both when it is silent."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from waveos.errors import ConfigError, WaveError
+from waveos.handover import Message
+from waveos.host.enclave import find_cgroup
+from waveos.host.memory.advise import Advisor
+from waveos.host.memory.cgroup import MemoryCgroup
+from waveos.host.memory.faults import Faults
+from waveos.host.memory.mechanism import SEND_AT_ONCE, MemoryMechanism
+from waveos.host.restore import Entry, Journal, kind
+from waveos.host.rings import Rings
+from waveos.host.settings import Settings
+from waveos.memory.records import DECISION, SUBSYSTEM
+from waveos.names import nearest
+
+PRIORITY = 0
+"""An ordinary process: a look at all pages takes it tens of milliseconds, which nobody shall wait for."""
+AGENT_ASKS = False
+SETTINGS = {"batch_kib": 2_048, "pass_ms": 2_400.0, "quota_mib_per_s": 0.0, "stall_share": 0.0, "silent_s": 10.0}
+"""What `--setting` may say. A batch is a mapping of that size; between two looks at all pages is `pass_ms` at least; quota and stall are what the operator
+allows (0: as the policy likes); an agent that gives no sign of life for `silent_s` counts as lost until it does."""
+
+__all__ = ["AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "claims", "facts", "find_members", "make"]
+
+
+class Members:
+    """The processes of a cgroup of the memory controller, as an enclave. The mechanism looks after them itself."""
+
+    cpus: list[int] = []
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def threads(self) -> list[int]:
+        """None: memory is managed by process."""
+        return []
+
+    elders = threads
+
+    def over(self) -> bool:
+        """The cgroup was removed."""
+        return not self.path.is_dir()
+
+    def close(self) -> None:
+        """Let go."""
+
+    def describe(self) -> str:
+        """Its path."""
+        return f"cgroup {self.path}"
+
+
+def find_members(told: Settings) -> Members:
+    """The enclave. Raises ConfigError."""
+    if told.pids or told.command:
+        raise ConfigError("memory is managed by cgroup: put the processes into one of the memory controller, and name it with --cgroup")
+    assert told.cgroup
+    return Members(find_cgroup(told.cgroup, ("memory", "", "unified")))
+
+
+def claims(enclave: Members) -> set[tuple[str, Any]]:
+    """What must not be another enclave's, as (kind, what) of the journals."""
+    return {("cgroup", os.fspath(enclave.path))}
+
+
+@kind("cgroup")
+def _undo_cgroup(_entry: Entry, _dry_run: bool) -> None:
+    """It is only said whose it is."""
+
+
+def facts(_told: Settings, _enclave: Members, _driver: Any) -> Message:
+    """Its agent compiles nothing for it."""
+    return {}
+
+
+def make(told: Settings, enclave: Members, journal: Journal, say: Callable[[str], None]) -> Driver:
+    """The mechanism behind rings. Raises ConfigError."""
+    for name in told.settings:
+        if name not in SETTINGS:
+            raise ConfigError(f"memory has no setting {name!r}{nearest(name, SETTINGS)}; it has: {', '.join(SETTINGS)}")
+    journal.note("cgroup", __name__, what=os.fspath(enclave.path))
+    return Driver(MemoryCgroup(enclave.path, journal), {**SETTINGS, **told.settings}, say)
+
+
+class Driver:
+    """As `waveos.host.sched.mechanism.Mechanism`, for memory."""
+
+    name = "memory"
+    bell = 0
+    capabilities = ("CAP_SYS_PTRACE",)
+    """Beside hostd's own: other processes' access bits, and advice for them."""
+
+    def __init__(self, cgroup: MemoryCgroup, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._silent_ns = int(settings.pop("silent_s") * 1e9)
+        self.mechanism = MemoryMechanism(cgroup, advisor=Advisor, faults=self._watch_faults(), say=say, **settings)
+        self._rings = Rings(SUBSYSTEM)
+        self.queues = self._rings.queues
+        self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # plain agents do not ring it
+        self.events: list[int] = []
+        self._here = self._silent = False
+        self._came_ns = 0
+        self._lost = self._silences = 0
+
+    def _watch_faults(self) -> Faults | None:
+        """The kernel's own count of faults, where it is to be had."""
+        try:
+            return Faults()
+        except WaveError as error:
+            self._say(f"no BPF ({str(error).splitlines()[0]}): what comes back from swap is seen at the next pass")
+            return None
+
+    def adopt(self, pid: int) -> None:
+        """Never asked for: an enclave of memory has no threads."""
+
+    release = adopt
+
+    def attend(self) -> None:
+        """Somebody rang."""
+        os.eventfd_read(self.doorbell)
+
+    def tick(self) -> None:
+        """Once round: the sensor, whether the agent lives, its decisions, and what it is to hear."""
+        self.mechanism.tick()
+        if self._here:
+            self._look_after_agent()
+            decisions = self._rings.poll(DECISION)
+            if len(decisions):
+                self.mechanism.apply(decisions)
+        self._send()
+
+    def _look_after_agent(self) -> None:
+        silent = time.monotonic_ns() - max(self._came_ns, self._rings.heartbeat_ns()) > self._silent_ns
+        if silent and not self._silent:
+            self._silences += 1
+            self._say(f"the agent gives no sign of life for {self._silent_ns / 1e9:g} s: until it does, the limit is the operator's")
+            self.mechanism.agent_gone()
+        elif self._silent and not silent:
+            self.mechanism.introduce()
+        self._silent = silent
+
+    def _send(self) -> None:
+        records = self.mechanism.take_messages()
+        if not self._here:
+            return
+        for first in range(0, len(records), SEND_AT_ONCE):
+            part = records[first : first + SEND_AT_ONCE]
+            if self._rings.send(part) < len(part):  # what is lost is lost: the agent begins anew
+                self._lost += 1
+                self.mechanism.introduce()
+                return
+
+    def agent_here(self, generation: int) -> None:
+        """A new agent is about to join: empty rings, and the whole state."""
+        self._rings.begin(generation)
+        self._here, self._silent, self._came_ns = True, False, time.monotonic_ns()
+        self.mechanism.introduce()
+        self._send()
+
+    def agent_gone(self) -> None:
+        """Nobody decides: the limit is the operator's again."""
+        self._here = False
+        self._rings.retire()
+        self.mechanism.agent_gone()
+
+    def counters(self) -> dict[str, Any]:
+        """What has happened so far."""
+        return {**self.mechanism.facts(), "replays_after_loss": self._lost, "silences": self._silences}
+
+    def close(self) -> None:
+        """Everything as it was. Twice does no harm."""
+        self._here = False
+        self.mechanism.close()
+        self._rings.close()
+        if self.doorbell >= 0:
+            os.close(self.doorbell)
+        self.doorbell = -1
