@@ -19,6 +19,7 @@ from waveos.host.xsk import PACKET, Port
 BATCH, PACKET_BYTES = 64, 2_048
 MSG_WAITFORONE, SO_RCVBUFFORCE = 0x10000, 33
 SLICE_NS = 50_000_000
+SLEEP_MS = 5
 KINDS = ("socket", "mmsg", "xsk")
 
 
@@ -81,17 +82,25 @@ def echo_mmsg(address: str, port: int, payload: int) -> None:
 
 
 def echo_xsk(interface: str, port: int) -> None:
-    """AF_XDP: the loop of `waveos.host.xsk.echo`."""
+    """AF_XDP: the loop of `waveos.host.xsk.echo`. SIGUSR1 has it sleep while nothing comes, as the others do, SIGUSR2 has it poll."""
     from waveos.host.xsk.echo import echo
     from waveos.primitives import clock_ns
 
+    sleep_ms = SLEEP_MS
+
+    def switch(number: int, _frame: object) -> None:
+        nonlocal sleep_ms
+        sleep_ms = SLEEP_MS if number == signal.SIGUSR1 else 0
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, switch)
     with Port.open(interface, port=port) as opened:
         packets: Any = np.zeros(BATCH, PACKET)
         x, frames = opened.xsk.record[0], opened.frames.record[0]
-        echo(x, frames, packets, opened.heartbeat_at, 0)  # compiles
+        echo(x, frames, packets, opened.heartbeat_at, 0, sleep_ms)  # compiles
         print("ready", flush=True)
         while True:
-            echo(x, frames, packets, opened.heartbeat_at, clock_ns() + SLICE_NS)
+            echo(x, frames, packets, opened.heartbeat_at, clock_ns() + SLICE_NS, sleep_ms)
 
 
 class Peer:
@@ -109,6 +118,11 @@ class Peer:
         os.sched_setaffinity(self._process.pid, {core})
         self.stop()
 
+    def poll(self, always: bool) -> None:
+        """Have AF_XDP poll always, or sleep while nothing comes; the others know but one way."""
+        if self.kind == "xsk":
+            self._process.send_signal(signal.SIGUSR2 if always else signal.SIGUSR1)
+
     def stop(self) -> None:
         """Let it wait."""
         self._process.send_signal(signal.SIGSTOP)
@@ -117,10 +131,9 @@ class Peer:
         """Let it serve."""
         self._process.send_signal(signal.SIGCONT)
 
-    def system_s(self) -> float:
-        """CPU time in the kernel so far: of a server that polls, that is its work; the rest may be waiting."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[12]) / os.sysconf("SC_CLK_TCK")
+    def cpu_ns(self) -> int:
+        """CPU time so far. A server that polls is busy also when nothing comes."""
+        return int(Path(f"/proc/{self._process.pid}/schedstat").read_text().split()[0])
 
     def close(self) -> None:
         """End it."""

@@ -30,6 +30,8 @@ class Datapath:
             folder = RUN / f"net-{network.name}"
             folder.mkdir(parents=True, exist_ok=True)
             self.url = f"xsk://{folder / 'agent.sock'}"
+            self.ring_places = 4 * ring_size
+            """Packets that the receiving and sending rings of both ports hold at most."""
             self._door = Doorway(folder / "agent.sock", self.client, self.host, port=port, workers=workers, open_to_all=True)
             self._undo.callback(self._door.close)
         except BaseException:
@@ -40,6 +42,13 @@ class Datapath:
         """An agent for these ports that runs the policy, without any capability, and as that user if one is given; its pid. `serving` says when it serves."""
         command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", self.url, policy, *arguments]
         self._agent = subprocess.Popen(command, user=user, group=user, extra_groups=None if user is None else [], preexec_fn=_drop_capabilities)
+        return self._agent.pid
+
+    @property
+    def agent_pid(self) -> int:
+        """Of the agent that was started. Raises ValueError before that."""
+        if self._agent is None:
+            raise ValueError("no agent was started")
         return self._agent.pid
 
     @property

@@ -45,6 +45,8 @@ SOCKET = np.dtype(
         ("rx", RING),
         ("tx", RING),
         ("wakes", "i8"),  # system calls made
+        ("waits_for", "i8"),  # a struct pollfd, and its address
+        ("waits_for_at", "i8"),
     ],
     align=True,
 )

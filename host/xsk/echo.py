@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from waveos.host.xsk.rings import complete, fill, load16, load32, receive, send, store16, store32, wake
+from waveos.host.xsk.rings import complete, fill, load16, load32, receive, send, store16, store32, wait, wake
 from waveos.jit import jit, jit_inline, store_word
 from waveos.primitives import clock_ns, pause
 
@@ -40,10 +40,11 @@ def turn(at: int) -> None:
 
 
 @jit
-def echo(xsk: Any, frames: Any, packets: Any, heartbeat_at: int, until_ns: int) -> int:
+def echo(xsk: Any, frames: Any, packets: Any, heartbeat_at: int, until_ns: int, sleep_ms: int = 0) -> int:
     """Turn packets round until `until_ns` on the monotonic clock; how many.
 
-    xsk, frames: `record[0]` of a socket and of the stack of free frames; packets: [BATCH] PACKET; heartbeat_at: address of `control.heartbeat_ns`.
+    xsk, frames: `record[0]` of a socket and of the stack of free frames; packets: [BATCH] PACKET; heartbeat_at: address of `control.heartbeat_ns`; sleep_ms:
+    sleep while nothing comes, at most so long (less than the program's patience), instead of polling.
     """
     done = 0
     now = clock_ns()
@@ -63,6 +64,9 @@ def echo(xsk: Any, frames: Any, packets: Any, heartbeat_at: int, until_ns: int) 
         done += sent
         if got == 0:
             wake(xsk)  # what a full device or socket buffer left in the ring
-            pause()
+            if sleep_ms:
+                wait(xsk, sleep_ms)
+            else:
+                pause()
         now = clock_ns()
     return done

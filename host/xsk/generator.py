@@ -38,11 +38,22 @@ def checksum(data: bytes) -> int:
 
 @jit
 def generate(
-    xsk: Any, frames: Any, packets: Any, template: Any, tally: Any, rtt_ns: Any, heartbeat_at: int, gap_ns: int, window: int, until_ns: int
+    xsk: Any,
+    frames: Any,
+    packets: Any,
+    template: Any,
+    tally: Any,
+    rtt_ns: Any,
+    heartbeat_at: int,
+    sunk_at: int,
+    gap_ns: int,
+    window: int,
+    until_ns: int,
 ) -> None:
     """Send copies of `template` until `until_ns`: one every `gap_ns` (0: as many as go), at most `window` unanswered.
 
-    packets: [BATCH] PACKET; tally: `[0]` of [1] TALLY; rtt_ns: int64 array that takes the round trips until it is full.
+    packets: [BATCH] PACKET; tally: `[0]` of [1] TALLY; rtt_ns: int64 array that takes the round trips until it is full; sunk_at: address of the XDP program's
+    counter of answers that it has dropped (`control.sink`), 0 if they come here.
     """
     words, length = template.shape[0] // 8, template.shape[0]
     now = clock_ns()
@@ -70,9 +81,9 @@ def generate(
             tally.next_ns -= gap_ns
         tally.sent += fit
         wake(xsk)
-        got = receive(xsk, packets, BATCH)
+        got = load64(sunk_at) - tally.back if sunk_at else receive(xsk, packets, BATCH)
         now = clock_ns()
-        for i in range(got):
+        for i in range(0 if sunk_at else got):
             if tally.timed < rtt_ns.shape[0]:
                 rtt_ns[tally.timed] = now - load64(xsk.umem_at + packets[i].at + STAMP_AT + 8)
                 tally.timed += 1
@@ -82,6 +93,7 @@ def generate(
             tally.heard_ns = now
         elif now - tally.heard_ns > LOST_NS:
             tally.lost, tally.heard_ns = max(tally.lost, tally.sent - tally.back), now
-        fill(xsk, frames)
+        if not sunk_at:
+            fill(xsk, frames)
         if n == 0 and got == 0:
             pause()

@@ -19,14 +19,15 @@ from waveos.host.xsk.socket import XskSocket, interface_number
 OBJECT = Path(__file__).with_name("redirect.bpf.o")
 PATIENCE_NS = 20_000_000
 """Age of the last heartbeat at which traffic goes back to the kernel's own path."""
-COUNTERS = ("redirected", "passed", "unserved", "fragments", "malformed")
+COUNTERS = ("redirected", "passed", "unserved", "fragments", "malformed", "sunk")
 CONTROL = np.dtype(
     [
         ("heartbeat_ns", "u8"),
         ("patience_ns", "u8"),
         ("port", "u2"),
         ("from_client", "u2"),
-        ("spare", "u4", (3,)),
+        ("sink", "u2"),
+        ("spare", "u2", (5,)),
         *((name, "u8") for name in COUNTERS),
     ]
 )

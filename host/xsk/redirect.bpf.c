@@ -21,13 +21,15 @@ struct control { /* shared with user space: waveos.host.xsk.program.CONTROL */
 	__u64 patience_ns;
 	__u16 port;        /* of the service, host order */
 	__u16 from_client; /* 1: packets to that port are the service's; 0: packets from it */
-	__u32 spare[3];
+	__u16 sink;        /* 1: the service's packets are counted and dropped, for a generator that only counts */
+	__u16 spare[5];
 	/* what became of packets */
 	__u64 redirected;
 	__u64 passed;    /* not the service's */
 	__u64 unserved;  /* the service's, but no heartbeat: the kernel's path */
 	__u64 fragments; /* the kernel's path */
 	__u64 malformed; /* of the service, by its ports, but lengths do not agree: dropped */
+	__u64 sunk;
 };
 
 struct {
@@ -88,6 +90,11 @@ int redirect(struct xdp_md *ctx)
 	if (ip->ihl != 5 || !c->heartbeat_ns || (__s64)(bpf_ktime_get_ns() - c->heartbeat_ns) > (__s64)c->patience_ns) {
 		COUNT(unserved);
 		return XDP_PASS;
+	}
+
+	if (c->sink) {
+		COUNT(sunk);
+		return XDP_DROP;
 	}
 
 	long verdict = bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_PASS);

@@ -23,7 +23,7 @@ from waveos.host.xsk.abi import RING_NEED_WAKEUP
 from waveos.jit import jit, jit_inline
 
 LOW = 0xFFFF_FFFF
-MSG_DONTWAIT = 0x40
+MSG_DONTWAIT, POLLIN = 0x40, 1
 
 
 def _access(bits: int, ordering: str | None) -> tuple[Any, Any]:
@@ -56,6 +56,19 @@ load8, store8 = _access(8, None)
 load16, store16 = _access(16, None)
 load32, store32 = _access(32, None)
 load64, store64 = _access(64, None)
+
+
+@intrinsic
+def _poll(_context: Any, _descriptor: Any, _timeout_ms: Any) -> Any:
+    """poll(2) of one descriptor; the argument is the address of its struct pollfd."""
+
+    def generate(_c: Any, builder: Any, _s: Any, arguments: Any) -> Any:
+        number, word = ir.IntType(32), ir.IntType(64)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [word, word, number]), "poll")
+        result = builder.call(function, [arguments[0], ir.Constant(word, 1), builder.trunc(arguments[1], number)])
+        return builder.sext(result, word)
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -180,6 +193,13 @@ def take(frames: Any) -> int:
         return -1
     frames.n -= 1
     return load64(frames.free_at + 8 * frames.n)
+
+
+@jit
+def wait(xsk: Any, timeout_ms: int) -> None:
+    """Sleep until a packet is there, at most so long: for who has no core to spare for polling. It sends what is in the TX ring, as `wake` does."""
+    xsk.waits_for = POLLIN << 32 | xsk.fd
+    _poll(xsk.waits_for_at, timeout_ms)
 
 
 @jit

@@ -48,6 +48,7 @@ class XskSocket:
         self._socket = sock
         self.record = np.zeros(1, abi.SOCKET)
         self.record["fd"], self.record["umem_at"], self.record["frame_bytes"] = sock.fileno(), umem.address, umem.frame_bytes
+        self.record["waits_for_at"] = self.record["waits_for"].ctypes.data
         offsets = abi.RING_OFFSETS.unpack(sock.getsockopt(abi.SOL_XDP, abi.MMAP_OFFSETS, abi.RING_OFFSETS.size))
         self._maps: list[mmap.mmap] = []
         for i, (name, kind) in enumerate((("rx", abi.RX_RING), ("tx", abi.TX_RING), ("fill", abi.FILL_RING), ("completion", abi.COMPLETION_RING))):

@@ -122,10 +122,16 @@ def simulate(
         raise failure(runtime, bound)
     m = machine[0]
     span_ns = max(1, int(m["now_ns"] - m["began_ns"]))
-    busy = (float(m[name]) / span_ns for name in ("stack_busy_ns", "agent_busy_ns", "worker_busy_ns"))
-    mean_us = float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3
     return Outcome(
-        m["latency"].copy(), int(m["counted"]), int(m["shed"]), int(m["dropped"]), mean_us, *busy, trace=m["trace"][: int(m["traced"])].copy()
+        latency=m["latency"].copy(),
+        counted=int(m["counted"]),
+        shed=int(m["shed"]),
+        dropped=int(m["dropped"]),
+        mean_us=float(m["total_ns"]) / max(1, int(m["answered"])) / 1e3,
+        stack_cores_busy=float(m["stack_busy_ns"]) / span_ns,
+        agent_cores_busy=float(m["agent_busy_ns"]) / span_ns,
+        workers_busy=float(m["worker_busy_ns"]) / span_ns,
+        trace=m["trace"][: int(m["traced"])].copy(),
     )
 
 
