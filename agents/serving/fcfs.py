@@ -104,6 +104,18 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             request.told += size * sum(map(bool, blocks))
             if request.told == request.prompt and not request.computed and len(self.here) > 1:
                 self.route(request, txns)
+            elif request.told == request.prompt and request.computed:
+                self._keep(request)
+
+    def _keep(self, request: Waiting) -> None:
+        """An agent before this one has begun it: what it has on the device is in use."""
+        tree = self.here[request.instance].tree
+        for key in request.keys:
+            node = tree.nodes.get(key)
+            if node is None or not node.device:
+                break
+            tree.lock(node)
+            request.locked.append(node)
 
     def route(self, request: Waiting, txns) -> None:
         """To the instance that has least to compute before it is done with this request: its backlog, and what its cache lacks of the prompt."""
@@ -131,6 +143,8 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             return
         if msg.tokens == 0:
             self._release(here, request, msg.time_ns)
+        elif not request.locked:
+            self._keep(request)
         request.computed = msg.tokens
         if request not in here.queue:
             here.queue.insert(0, request)

@@ -8,7 +8,9 @@ and HANDLERS:
 
 - `SUBJECT`: the field that names what a record is about (a region, a request), in all three records; negative: nothing;
 - `GONE`: the message types after which a subject's sequence number is forgotten;
-- `redeliver(outcomes)`: decisions that failed, as messages, for policies without `txn_failed`.
+- `redeliver(outcomes)`: decisions that failed, as messages, for policies without `txn_failed`;
+- `OPENS`, where a stream has a beginning: the message type without which nothing else means anything. What comes before it, or before a RESYNC, was
+  meant for an agent that died, and is not delivered.
 
 It may have these types, whose meaning is the same everywhere: `txn_outcome`, `batch_end`, `resync` (required); `txn_failed`, `txn_committed`, `timer_expired`.
 """
@@ -82,6 +84,8 @@ class PlainRuntime:
         types = self.subsystem.MESSAGE_TYPES
         self._outcome, self._batch_end, self._resync = types["txn_outcome"], types["batch_end"], types["resync"]
         self._bulk = {name: _takes_many(handler) for name, handler in policy.handlers.items()}
+        self._opens: int | None = getattr(self.subsystem, "OPENS", None)
+        self._open = self._opens is None
         self._txn = 1
         self._made: list[Records] = []
         self._restart()
@@ -106,7 +110,11 @@ class PlainRuntime:
         """Give the policy these records, in order; what it decided, stamped, ready for the link. Raises PolicyError when a handler raises."""
         for code, run in _runs(records):
             if code == self._resync:
+                self._open = True
                 self._restart()
+                continue
+            self._open = self._open or code == self._opens
+            if not self._open and code != self._batch_end:
                 continue
             if code == self._outcome:
                 self._note(run.view(self.subsystem.OUTCOME))

@@ -347,8 +347,8 @@ class Mechanism:
         told["tokens"], told["txn"] = columns[6], columns[8]
         told["time_ns"], told["age_ns"] = self.now_ns, self.now_ns - np.array(columns[9])
         told["seq"] = [request.seq if (request := self.requests.get(number)) else -1 for number in columns[2]]
-        if outcome is Outcome.STALE and rows[0][3] in self.instances:
-            self.instances[rows[0][3]].asked = False  # else the same batch would be asked for again, and refused again, before anything has changed
+        if outcome is Outcome.STALE and rows[0][0] == Decision.FORM_BATCH and rows[0][3] in self.instances:
+            self.instances[rows[0][3]].asked = False  # the agent is told what it did not know: it can do better now
         self._out.append(told.view(MESSAGE))
         if outcome is not Outcome.COMMITTED and rows[0][0] == Decision.EVICT:
             self._say_held(self.instances.get(rows[0][3]), rows[0][5])

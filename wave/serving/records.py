@@ -156,6 +156,7 @@ DECISION_TYPES: dict[str, int] = {d.name.lower(): d.value for d in Decision}
 HANDLERS: dict[str, int] = {m.name.lower(): m.value for m in Message if m not in (Message.TXN_OUTCOME, Message.RESYNC)}
 """Names a policy may give its handlers."""
 GONE = frozenset({int(Message.REQUEST_DONE), int(Message.REQUEST_GONE)})
+OPENS = int(Message.INSTANCE_NEW)
 
 
 def redeliver(outcomes: Records) -> Records:
