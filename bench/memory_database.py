@@ -2,6 +2,7 @@
 
     python -m waveos.bench.memory_database FOLDER [--gib 2] [--seconds 60] [--scrambled] ...
 
+With --map it finds out first which parts of the keys lie in which batches, by reading one part after the other and looking at referenced bits.
 The keys that are hot are `hot_share` of all, side by side in key order (or, scrambled, runs of 64 keys all over), and every `move_s` seconds the next ones
 are. It splits its heap into mappings of one batch, as `waveos.host.memory` wants it: the kernel merges neighbours that are alike, so every other one is
 marked to be left out of core dumps. It says {"ready": ...} when all is loaded, waits for a line, and then tells each second what it served.
@@ -22,10 +23,16 @@ from typing import Any
 
 import numpy as np
 
+from waveos.host.memory.mechanism import find_runs
+from waveos.host.memory.procfs import Process
+
 VALUE_BYTES = 1_000
 BLOCK_BYTES = 4_096
 RUN_KEYS = 64
 CHUNK = 2_000
+HOT_SHARE, MOVE_S = 0.3, 60.0
+PARTS = 50
+"""Of the keys, in `map_parts`: a hot set of 30 % is a whole number of them."""
 _DONTDUMP = 16
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,7 +85,6 @@ def _options(cache_bytes: int) -> Any:
         table.set_block_cache(Cache.new_hyper_clock_cache(cache_bytes, BLOCK_BYTES))
     options.set_block_based_table_factory(table)
     options.set_compression_type(DBCompressionType.none())  # zram compresses; a block in the cache is as it was written
-    options.set_use_direct_reads(True)  # the page cache is not what is measured
     return options
 
 
@@ -118,6 +124,29 @@ def split_heap(batch_bytes: int, least_bytes: int = 64 << 20) -> int:
     return made
 
 
+def warm(folder: Path) -> None:
+    """Have the files in the page cache, on the account of whoever calls this: the database reads each block once, and then never again."""
+    for path in (folder / "db").glob("*.sst"):
+        with path.open("rb") as file:
+            while file.read(1 << 20):
+                pass
+
+
+def map_parts(database: Any, keys: int, batch_bytes: int) -> dict[str, list[list[int]]]:
+    """Where each of PARTS equal parts of the keys lies, in key order: numbers of mappings, by address of the run of mappings."""
+    process = Process(os.getpid())
+    places: dict[str, list[list[int]]] = {}
+    for part in range(PARTS):
+        process.clear_referenced()
+        for number in range(part * keys // PARTS, (part + 1) * keys // PARTS, 3):
+            database[key_of(number)]
+        found = process.mappings()
+        for start, (row, count) in find_runs(found, batch_bytes).items():
+            touched = np.flatnonzero(found.referenced[row : row + count] > 64)  # not what holds a few of its tables
+            places.setdefault(f"{start:x}", [[] for _ in range(PARTS)])[part] = touched.tolist()
+    return places
+
+
 def rss_kib() -> int:
     """This process's resident memory, KiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4
@@ -136,7 +165,8 @@ def serve(options: argparse.Namespace) -> None:
             database[key_of(number)]
     hot = HotKeys(keys, options.hot_share, options.move_s, options.scrambled, options.seed)
     batches = split_heap(options.batch_kib << 10)
-    print(json.dumps({"ready": os.getpid(), "keys": keys, "batches": batches, "rss_kib": rss_kib()}), flush=True)
+    places = map_parts(database, keys, options.batch_kib << 10) if options.map else {}
+    print(json.dumps({"ready": os.getpid(), "keys": keys, "batches": batches, "rss_kib": rss_kib(), "places": places}), flush=True)
     sys.stdin.readline()
     clock, begin = time.perf_counter_ns, time.perf_counter_ns()
     second, gets, latencies, cpu_s = 0, 0, [], time.process_time()
@@ -164,11 +194,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--hot-share", type=float, default=0.3)
-    parser.add_argument("--move-s", type=float, default=60.0)
+    parser.add_argument("--hot-share", type=float, default=HOT_SHARE)
+    parser.add_argument("--move-s", type=float, default=MOVE_S)
     parser.add_argument("--batch-kib", type=int, default=2_048)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scrambled", action="store_true")
+    parser.add_argument("--map", action="store_true")
     serve(parser.parse_args())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -16,14 +17,14 @@ PROBE_SHARE = (0.01, 0.03, 0.1)
 MOST_COST = 0.05
 
 
-def measure(gib: float, duration_s: float, seed: int) -> tuple[dict[str, float], list[str]]:
-    """(metrics, what they say, a line each)."""
+def measure(gib: float, duration_s: float, seed: int, quick: bool = False) -> tuple[dict[str, float], list[str]]:
+    """(metrics, what they say, a line each). `quick`: psi_backoff's parameters are searched among fewer."""
     sol = _run("sol", gib, duration_s, seed)
     on_host, offloaded = (cores(sol.figures | _at_speed(sol, speed), place)["host_cores"] for speed, place in ((1.0, "on-host"), (1.0, "offload")))
     base, oracle, small = (_run(policy, SMALL_GIB, duration_s, seed) for policy in (NOTHING, ORACLE, "sol"))
     psi = _run("psi_backoff", SMALL_GIB, duration_s, seed)
     sol_cost = 1 - small.figures["throughput_ratio"]
-    tuned = _best_psi(duration_s, seed, sol_cost)
+    tuned = _best_psi(duration_s, seed, sol_cost, ALLOWED_US[1:4] if quick else ALLOWED_US, PROBE_SHARE[1:2] if quick else PROBE_SHARE)
     jump = {name: _scrambled(name, duration_s, seed) for name in (ORACLE, "sol", "psi_backoff")}
     p99 = base.figures["get_p99_us"]
     metrics = {
@@ -85,10 +86,10 @@ def _run(policy: str, gib: float, duration_s: float, seed: int, **more: Any) -> 
     return simulate(setup_of(scenario, policy, "offload" if policy not in (NOTHING, ORACLE) else "on-host"))
 
 
-def _best_psi(duration_s: float, seed: int, most_cost: float) -> Run:
+def _best_psi(duration_s: float, seed: int, most_cost: float, allowed: Sequence[int], probes: Sequence[float]) -> Run:
     """The psi_backoff that saves most without costing more than `most_cost` of throughput (nor than its own default, if that costs more)."""
     best = _run("psi_backoff", SMALL_GIB, duration_s, seed)
-    for allowed_us, probe_share in product(ALLOWED_US, PROBE_SHARE):
+    for allowed_us, probe_share in product(allowed, probes):
         params = {"policies.params.psi_backoff": {"allowed_us": allowed_us, "probe_share": probe_share}}
         run = _run("psi_backoff", SMALL_GIB, duration_s, seed, **params)
         if 1 - run.figures["throughput_ratio"] <= most_cost and run.figures["saved_share"] > best.figures["saved_share"]:
