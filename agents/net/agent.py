@@ -19,6 +19,8 @@ from waveos.policy import load_policy
 from waveos.primitives import clock_ns
 
 SLICE_NS = 20_000_000
+SLICES_A_WORD = 25
+"""The host is told the counters after so many."""
 
 
 def run_agent(url: str, policy: str, params: dict[str, float], **options: Any) -> dict[str, int]:
@@ -30,7 +32,11 @@ def run_agent(url: str, policy: str, params: dict[str, float], **options: Any) -
     try:
         bound = chosen.bind(n_cpus=link.workers, params=params)
         runtime = make_runtime(bound, workers=link.workers)
+        slices = 0
         while link.serve(runtime, clock_ns() + SLICE_NS):
+            slices += 1
+            if slices % SLICES_A_WORD == 0:
+                link.tell(link.counters())
             try:
                 link.check()
             except LinkError:

@@ -8,31 +8,36 @@ import signal
 import subprocess
 import sys
 
+from waveos.errors import ConfigError
+from waveos.host import changes
 from waveos.host.net.link import Doorway
 from waveos.host.net.topology import Network, inside
-from waveos.host.restore import RUN
+from waveos.host.restore import Journal
 from waveos.host.xsk import Port
 
 PR_CAPBSET_DROP, CAPABILITIES = 24, 64
+JOURNAL = "path-"
 _libc = ctypes.CDLL(None)
 
 
 class Datapath:
-    """Opened, and served by whoever comes through the doorway; `start_agent` starts one."""
+    """Opened, and served by whoever comes through the doorway; `start_agent` starts one. Raises ConfigError where the network has a live one."""
 
     def __init__(self, network: Network, *, port: int, workers: int, ring_size: int = 2_048) -> None:
         self._undo = contextlib.ExitStack()
         self._agent: subprocess.Popen[bytes] | None = None
         try:
+            journal = Journal(JOURNAL + network.name)
+            self._undo.callback(journal.close)
             with inside(network.ipu):
                 self.client = self._undo.enter_context(Port.open("client", port=port, ring_size=ring_size))
                 self.host = self._undo.enter_context(Port.open("host", port=port, from_client=False, ring_size=ring_size, share=self.client))
-            folder = RUN / f"net-{network.name}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.url = f"xsk://{folder / 'agent.sock'}"
+            socket = journal.path.parent / "agent.sock"
+            changes.note_new_file(journal, socket)
+            self.url = f"xsk://{socket}"
             self.ring_places = 4 * ring_size
             """Packets that the receiving and sending rings of both ports hold at most."""
-            self._door = Doorway(folder / "agent.sock", self.client, self.host, port=port, workers=workers, open_to_all=True)
+            self._door = Doorway(socket, self.client, self.host, port=port, workers=workers, open_to_all=True)
             self._undo.callback(self._door.close)
         except BaseException:
             self._undo.close()
@@ -46,15 +51,20 @@ class Datapath:
 
     @property
     def agent_pid(self) -> int:
-        """Of the agent that was started. Raises ValueError before that."""
+        """Of the agent that was started. Raises ConfigError before that."""
         if self._agent is None:
-            raise ValueError("no agent was started")
+            raise ConfigError("no agent was started for this data path")
         return self._agent.pid
 
     @property
     def serving(self) -> bool:
         """The agent's heart beats."""
         return bool(self.client.control["heartbeat_ns"][0])
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the agent did with packets, as it said last: every half second, and when it ends."""
+        return self._door.heard
 
     @property
     def agent_gone(self) -> bool:

@@ -40,6 +40,9 @@ class Doorway:
             path.chmod(0o666)
         self._door.listen(1)
         self._agent: socket.socket | None = None
+        self.heard: dict[str, int] = {}
+        """What the agent said last of its counters."""
+        self._readers: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._admit, daemon=True)
         self._thread.start()
 
@@ -56,6 +59,14 @@ class Doorway:
                     continue
                 self._agent = line
                 socket.send_fds(line, [self._facts], [fd for port in self._ports for fd in port.descriptors()])
+                self._readers.append(threading.Thread(target=self._hear, args=(line,), daemon=True))
+                self._readers[-1].start()
+
+    def _hear(self, line: socket.socket) -> None:
+        """The agent's counters, until it is gone."""
+        with contextlib.suppress(OSError, ValueError):
+            while said := line.recv(HELLO_BYTES):
+                self.heard = {str(key): int(value) for key, value in json.loads(said).items()}
 
     def close(self) -> None:
         """Let no agent in any more; the one inside sees the host go."""
@@ -63,8 +74,12 @@ class Doorway:
             self._door.shutdown(socket.SHUT_RDWR)
         self._door.close()
         if self._agent is not None:
+            with contextlib.suppress(OSError):
+                self._agent.shutdown(socket.SHUT_RDWR)
+        for thread in (self._thread, *self._readers):
+            thread.join()
+        if self._agent is not None:
             self._agent.close()
-        self._thread.join()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 
@@ -113,9 +128,9 @@ class XskLink:
                 raise LinkError(f"the host of {self.url} is gone")
 
     def tell(self, facts: dict[str, Any]) -> None:
-        """Send the host a line about oneself."""
+        """Send the host a line about oneself; a host that does not read misses it."""
         with contextlib.suppress(OSError):
-            self._line.send(json.dumps(facts).encode())
+            self._line.send(json.dumps(facts).encode(), socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Stop serving: traffic takes the kernel's path at once."""

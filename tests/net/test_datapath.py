@@ -107,6 +107,131 @@ def test_a_dead_or_hung_agent_costs_what_was_in_the_rings_and_no_more(world: Any
         assert np.any((at > hit[0] + FALLBACK_S * 1e9) & (answered.plan["done_ns"] > 0))
 
 
+def test_an_agent_that_goes_on_after_it_hung_has_the_traffic_back_and_nothing_is_answered_twice(world: Any) -> None:
+    network, client = world
+    with serving(network, "jbsq", "--nap-us", "50") as path:
+        os.kill(path.agent_pid, signal.SIGSTOP)
+        try:
+            beat = int(path.client.control["heartbeat_ns"][0])
+            wait_for(lambda: time.monotonic_ns() - beat > 2 * int(path.client.control["patience_ns"][0]))
+            assert client.run(plan(300, 0.3), patience_s=PATIENCE_S).unanswered == 0
+            unserved = path.client.redirect.counters()["unserved"]
+            assert unserved > 0, "the kernel's path"
+        finally:
+            os.kill(path.agent_pid, signal.SIGCONT)
+        wait_for(lambda: int(path.client.control["heartbeat_ns"][0]) > beat)
+        before = path.client.redirect.counters()["redirected"]
+        assert client.run(plan(300, 0.3), patience_s=PATIENCE_S).unanswered == 0
+        assert path.client.redirect.counters()["redirected"] > before
+
+
+def test_the_namespaces_are_as_before_after_all_that(world: Any) -> None:
+    from waveos.host.net import topology
+
+    network, client = world
+    with serving(network, "rss", "--nap-us", "50") as path:
+        os.kill(path.agent_pid, signal.SIGKILL)
+        wait_for(lambda: path.agent_gone)
+    assert topology.find(network.name) == network
+    assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0, "the bridge alone"
+
+
+PINNED = """
+from waveos import net
+from waveos.policy import Policy
+
+class Pinned(Policy, subsystem=net, name="pinned"):
+    def worker_new(self, msg, txns):
+        for i in range(64):
+            net.set_entry(txns, index=msg.worker * 64 + i, worker=0)
+
+    def request_arrived(self, msg, txns):
+        net.steer(txns, request=msg.request, worker=3)
+"""
+LIMITED = """
+from waveos import net
+from waveos.policy import Policy
+
+class Limited(Policy, subsystem=net, name="limited"):
+    def worker_new(self, msg, txns):
+        net.set_rate(txns, request_class=1, per_s=20)
+
+    def request_arrived(self, msg, txns):
+        net.steer(txns, request=msg.request, worker=2)
+"""
+
+
+def test_entries_of_the_table_steer_without_the_policy_being_asked(world: Any, tmp_path: Path) -> None:
+    network, client = world
+    (tmp_path / "pinned.py").write_text(PINNED)
+    with serving(network, str(tmp_path / "pinned.py"), "--nap-us", "50") as path:
+        sent = plan(300, 0.5)
+        answered = client.run(sent, patience_s=PATIENCE_S)
+        assert answered.unanswered == 0
+        assert set(answered.plan["worker"].tolist()) == {0}, "all 256 entries name worker 0; the policy would have said 3"
+        path.stop_agent()
+        wait_for(lambda: path.counters.get("replies") == len(sent))
+        assert path.counters["by_table"] == path.counters["requests"] == len(sent)
+
+
+def test_a_class_over_its_rate_is_refused_and_others_are_not(world: Any, tmp_path: Path) -> None:
+    network, client = world
+    (tmp_path / "limited.py").write_text(LIMITED)
+    with serving(network, str(tmp_path / "limited.py"), "--nap-us", "50") as path:
+        answered = client.run(plan(400, 1.0), patience_s=PATIENCE_S)
+        assert answered.unanswered == 0
+        ranges = answered.plan[answered.plan["request_class"] == 1]
+        refused = int(np.sum(ranges["status"] == 1))
+        assert 0 < refused < len(ranges)
+        assert np.all(answered.plan["status"][answered.plan["request_class"] == 0] == 0)
+        path.stop_agent()
+        wait_for(lambda: path.counters.get("over_rate") == refused)
+
+
+LEFT = """
+import os, signal, time
+from waveos.host.net import topology
+from waveos.host.net.datapath import Datapath
+path = Datapath(topology.find({name!r}), port={port}, workers=2)
+print(path.start_agent("rss", "--nap-us", "50"), flush=True)
+while not path.serving:
+    assert not path.agent_gone
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_owner_leaves_is_restored_and_its_agent_ends(world: Any) -> None:
+    import subprocess
+
+    from waveos.host.net.datapath import JOURNAL
+    from waveos.host.restore import names, path_of, restore
+
+    network, client = world
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LEFT.format(name=network.name, port=PORT)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    name = JOURNAL + network.name
+    socket_left = path_of(name).parent / "agent.sock"
+    assert socket_left.exists() and name in names()
+    agent = int(done.stdout)
+    wait_for(lambda: not Path(f"/proc/{agent}").exists() or "Z" in Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2][:3])
+    lines, failed = restore([name])
+    assert lines and not failed
+    assert not socket_left.exists() and name not in names()
+    assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0
+
+
+def test_a_network_has_one_data_path(world: Any) -> None:
+    from waveos.errors import ConfigError
+    from waveos.host.net.datapath import Datapath
+
+    network, _ = world
+    with Datapath(network, port=PORT, workers=WORKERS), pytest.raises(ConfigError, match="already has an owner"):
+        Datapath(network, port=PORT, workers=WORKERS)
+
+
 def test_the_agent_has_no_capability_and_serves(world: Any) -> None:
     network, client = world
     with serving(network, "rss", "--nap-us", "50") as path:

@@ -76,6 +76,40 @@ def test_jbsq_leaves_no_worker_idle_while_a_request_waits_and_none_beyond_its_bo
     assert sorted(host.waiting) == [7, 8, 9]
 
 
+TABLE = """
+from waveos import net
+from waveos.policy import Policy, array
+
+class Table(Policy, subsystem=net, name="table-test"):
+    failed = array(1)
+
+    def request_arrived(self, msg, txns):
+        net.set_entry(txns, index=msg.size, worker=-1 if msg.size == 1 else 1)
+        net.set_rate(txns, request_class=3, per_s=7)
+        net.steer(txns, request=msg.request, worker=0)
+
+    def txn_failed(self, msg, txns):
+        self.failed[0] += 1
+"""
+
+
+def test_entries_and_rates_are_decided_and_one_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "table.py").write_text(TABLE)
+    host = FakeHost(str(tmp_path / "table.py"), workers=2)
+    host.arrive(0, size=1)
+    host.arrive(1, size=2)
+    made = [d for d in host.settle() if d["type"] != Decision.STEER]
+    assert [(int(d["type"]), int(d["index"]), int(d["worker"]), int(d["value"])) for d in made] == [
+        (Decision.SET_ENTRY, 1, -1, 0),
+        (Decision.SET_RATE, 3, -1, 7),
+        (Decision.SET_ENTRY, 2, 1, 0),
+        (Decision.SET_RATE, 3, -1, 7),
+    ]
+    host.say("txn_outcome", worker=1, outcome=Outcome.INVALID)
+    host.settle()
+    assert host.bound.state["failed"][0, 0] == 1, "heard of the one that failed"
+
+
 def test_rss_sends_a_flow_to_one_worker_whatever_waits_there() -> None:
     host = FakeHost("rss", workers=4)
     for request in range(20):
