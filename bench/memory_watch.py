@@ -16,7 +16,7 @@ from waveos.host.memory.procfs import Process
 
 BINS = 64
 """Of the address space in maps."""
-EVERY_S = 2.0
+EVERY_S = 1.8
 """Between two looks at all batches."""
 TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -148,10 +148,10 @@ def _lines(configs: Sequence[Mapping[str, Any]], name: str, clock: str) -> str:
 
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes = figure.subplots()
-    for each in configs:
+    for number, each in enumerate(configs):  # a configuration has its colour in every figure
         values = each["series"].get(name)
         if values and any(values):
-            axes.plot(each["series"]["time_s"], values, label=each["id"], linewidth=1.2)
+            axes.plot(each["series"]["time_s"], values, label=each["id"], linewidth=1.2, color=f"C{number % 10}")
     if not axes.lines:
         return ""
     axes.set_xlabel(clock)
