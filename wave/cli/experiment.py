@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results, write_report
-from waveos.cli.running import measure, only_in, open_pool, prepare, run_subsystem, single_run, write_trace
+from waveos.cli.running import measure, only_in, open_pool, prepare, run_subsystem, single_run, trace_subsystem, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
@@ -60,8 +60,10 @@ def run(
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
     check_outputs(out, trace)
     if scenario.subsystem != "sched":
-        _refuse(scenario, {"--trace": trace, "--load": load})
+        _refuse(scenario, {"--load": None if hasattr(scenario, "workload") else load})
         results, code = run_subsystem(scenario, placement)
+        if trace is not None and code is None:
+            trace_subsystem(scenario, placement, None, None, 5.0, trace)
         give_results(results, out, None, as_json, stopped=code)
         return code
     with open_pool(1) as pool:
@@ -98,7 +100,8 @@ def compare(
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
     check_outputs(out, report)
     if scenario.subsystem != "sched":
-        _refuse(scenario, {"--loads": loads, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
+        offered = None if hasattr(scenario, "workload") else loads
+        _refuse(scenario, {"--loads": offered, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
         results, code = run_subsystem(scenario)
         give_results(results, out, report, as_json, stopped=code)
         return code
@@ -177,12 +180,13 @@ def trace(
     """Every event of some milliseconds of a run: CPUs, queues, link, agent, one track each."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load)
     check_outputs(out)
-    _refuse(scenario, {"wave trace": None if scenario.subsystem == "sched" else True})
-    begin_ms = scenario.run.warmup_ms if from_ms is None else from_ms
-    with open_pool(1) as pool:
-        events = write_trace(single_run(scenario, placement, pool), pool, begin_ms, for_ms, out)
+    if scenario.subsystem != "sched":
+        events = trace_subsystem(scenario, placement, None if load is None else _parse_load(load), from_ms, for_ms, out)
+    else:
+        with open_pool(1) as pool:
+            events = write_trace(single_run(scenario, placement, pool), pool, scenario.run.warmup_ms if from_ms is None else from_ms, for_ms, out)
     if as_json:
-        print_json({"path": str(out), "events": events, "from_ms": begin_ms, "for_ms": for_ms})
+        print_json({"path": str(out), "events": events, "from_ms": from_ms, "for_ms": for_ms})
     else:
         print(out)
         talk(f"{events:,} events; open the file at https://ui.perfetto.dev")

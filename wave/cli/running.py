@@ -63,6 +63,16 @@ def run_subsystem(scenario: Any, placement: str = "all") -> tuple[Any, int | Non
     return results, INTERRUPTED if results["interrupted"] else None
 
 
+def trace_subsystem(scenario: Any, placement: str, load_per_s: float | None, from_ms: float | None, for_ms: float, out: Path) -> int:
+    """Write a trace of a subsystem that has `trace` in its experiment and `write_trace` in its report. Returns the number of events."""
+    experiment = import_module(f"waveos.ipu_emulator.{scenario.subsystem}.experiment")
+    if not hasattr(experiment, "trace"):
+        raise ConfigError(f"there are no traces of {scenario.subsystem}; {scenario.name} is a scenario of it")
+    events, meta = experiment.trace(scenario, placement, load_per_s, from_ms, for_ms)
+    written: int = import_module(f"waveos.report.{scenario.subsystem}").write_trace(events, out, meta)
+    return written
+
+
 def gather_inputs(scenario: Scenario, pool: Any = None) -> Any:
     """What the scenario reads besides itself: files, service times measured on this machine, costs of the policies' messages on it.
 

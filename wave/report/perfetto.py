@@ -46,9 +46,14 @@ def write_trace(events: NDArray[np.void], path: str | os.PathLike[str], meta: Ma
     drawn = trace_events(events, meta)
     named = {"classes", "queues", "messages", "decisions"}
     other = {key: value for key, value in (meta or {}).items() if key not in named}
+    write_drawn(drawn, path, other)
+    return len(drawn)
+
+
+def write_drawn(drawn: Sequence[Event], path: str | os.PathLike[str], other: Mapping[str, Any]) -> None:
+    """Write trace-event objects, and what is to be kept with them. Raises ConfigError if the file cannot be written."""
     content = json.dumps({"displayTimeUnit": "ns", "otherData": other, "traceEvents": drawn}, separators=(",", ":"), default=str).encode()
     write_file(path, gzip.compress(content, mtime=0) if os.fspath(path).endswith(".gz") else content)
-    return len(drawn)
 
 
 def trace_events(events: NDArray[np.void], meta: Mapping[str, Any] | None = None) -> list[Event]:
@@ -150,7 +155,7 @@ class _Drawing:
                 self._travel(_DOORBELL, "doorbells", self._kicks[cpu].pop(0), time_ns, f"kick CPU {cpu}", {"txn": extra})
             self._instant(HOST, self._cpu(cpu), time_ns, "kick", {"txn": extra})
         elif kind == TraceKind.QUEUE_DEPTH:
-            self.events.append({"ph": "C", "pid": QUEUES, "tid": 0, "ts": _us(time_ns), "name": self.names.queue(cpu), "args": {"entries": value}})
+            self.events.append({"ph": "C", "pid": QUEUES, "tid": 0, "ts": in_us(time_ns), "name": self.names.queue(cpu), "args": {"entries": value}})
         elif kind == TraceKind.AGENT_BEGIN:
             self._batches[cpu] = _Open(time_ns, -1, 0, 0)
         elif kind == TraceKind.AGENT_END:
@@ -239,16 +244,24 @@ class _Drawing:
         return core + 1
 
     def _slice(self, process: int, track: int, since_ns: int, until_ns: int, name: str, category: str, args: Event, colour: str = "") -> None:
-        event: Event = {"ph": "X", "pid": process, "tid": track, "ts": _us(since_ns), "dur": _us(until_ns - since_ns), "name": name, "cat": category}
+        event: Event = {
+            "ph": "X",
+            "pid": process,
+            "tid": track,
+            "ts": in_us(since_ns),
+            "dur": in_us(until_ns - since_ns),
+            "name": name,
+            "cat": category,
+        }
         if colour:
             event["cname"] = colour
         self.events.append(event | {"args": args})
 
     def _instant(self, process: int, track: int, time_ns: int, name: str, args: Event) -> None:
-        self.events.append({"ph": "i", "s": "t", "pid": process, "tid": track, "ts": _us(time_ns), "name": name, "cat": "event", "args": args})
+        self.events.append({"ph": "i", "s": "t", "pid": process, "tid": track, "ts": in_us(time_ns), "name": name, "cat": "event", "args": args})
 
     def _draw_arrow(self, end: str, process: int, track: int, time_ns: int, txn: int) -> None:
-        event: Event = {"ph": end, "id": txn, "pid": process, "tid": track, "ts": _us(time_ns), "name": "decision", "cat": "decision"}
+        event: Event = {"ph": end, "id": txn, "pid": process, "tid": track, "ts": in_us(time_ns), "name": "decision", "cat": "decision"}
         self.events.append(event | {"bp": "e"} if end == "f" else event)
 
 
@@ -262,7 +275,7 @@ def _metadata(tracks: Mapping[tuple[int, int], str]) -> Iterator[Event]:
         yield {"ph": "M", "pid": process, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}
 
 
-def _us(ns: int) -> float:
+def in_us(ns: int) -> float:
     """Microseconds that a reader who multiplies by 1000 and cuts off the rest gets the same nanoseconds from: else neighbours overlap."""
     us = ns / 1_000
     return us if int(us * 1_000.0) == ns else math.nextafter(us, math.inf)
