@@ -72,7 +72,7 @@ def parse_url(url: str) -> tuple[str, str]:
 
 def make_socket(context: zmq.Context[Any], kind: int, keys: Keys, endpoint: str) -> zmq.Socket[Any]:
     """A socket with this machine's key and the bounds that both sides keep."""
-    made = context.socket(kind)
+    made: zmq.Socket[Any] = context.socket(kind)
     own = keys.own()
     made.curve_publickey, made.curve_secretkey = bytes.fromhex(own.public), bytes.fromhex(own.secret)
     made.linger = 0
@@ -446,6 +446,11 @@ class ZmqHost(QueueVerbs):
         with self._lock:
             self.check()
             self._take_in()
+
+    @property
+    def policy(self) -> str:
+        """The agent's policy, as it says; "" before it has."""
+        return str(self._told.get("policy", ""))[:64]
 
     def check(self) -> None:
         """Raises LinkError once the link is closed."""

@@ -1,0 +1,144 @@
+"""The relay: it stands in a host's enclave where an agent would, and carries what is said to an agent on another machine, and back.
+
+To hostd it is an agent (`shm:///run/wave/NAME/agent.sock`); to the agent it is a host. It decides nothing and checks nothing: hostd's half checks
+each decision by its sequence number, wherever it was made. When the far agent is lost the relay leaves the enclave, which then has no agent; when it
+is back, the relay comes in anew, and hostd replays the enclave's whole state. So nothing that the network loses can be missed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from waveos import ring
+from waveos.errors import LinkError
+from waveos.link import open_link
+from waveos.primitives import CoherentMemory, clock_ns, ring_doorbell
+from waveos.process import start_time
+
+AT_ONCE = 1_024
+LOOK_NS = 20_000_000
+"""Between two looks at both ends: are they there, do they want something."""
+BEAT_NS = 1_000_000
+AWAKE_NS = 300_000
+"""After so long with nothing to carry it naps between looks: it runs on the host's own CPUs."""
+NAP_S = 0.000_05
+
+
+class Relay:
+    """One enclave and one link. `options` are those of the far link's host side."""
+
+    def __init__(self, near: str, far: str, subsystem: Any, **options: Any) -> None:
+        self.near_url, self.far_url, self.subsystem, self._options = near, far, subsystem, options
+        self.far: Any = None
+        self.counts = {"messages": 0, "decisions": 0, "losses": 0}
+        self._about: dict[str, Any] = {}
+        self._joins = 0
+        self._bell = 0
+
+    def run(self) -> None:
+        """Until it is stopped."""
+        try:
+            while True:
+                try:
+                    about = {"pid": os.getpid(), "policy": None}
+                    near: Any = open_link(
+                        self.near_url, side="agent", subsystem=self.subsystem, patience_s=math.inf, prepare=self._prepare, about=about
+                    )
+                    with near:
+                        _say(f"{self.near_url} is joined to {self.far_url}")
+                        self._carry(near)
+                except LinkError as error:
+                    if getattr(error, "final", False):
+                        raise
+                    self.counts["losses"] += 1
+                    _say(f"{error}; joining anew")
+        finally:
+            if self.far is not None:
+                self.far.close()
+
+    def _prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """hostd has told about its enclave: find the agent for it. hostd asks for nothing until then."""
+        about: dict[str, Any] = {name: facts[name] for name in ("enclave", "cpus", "threads", "ahead") if name in facts}
+        if self.far is None or about != self._about:
+            if self.far is not None:
+                self.far.close()
+            self._about = about
+            self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, say=_say, **self._options)
+        self.far.await_agent(math.inf)
+        self._joins = self.far.peer_joins()
+        self.far.poll_txns(AT_ONCE)  # decided on a state that is no more
+        self._bell = facts.get("bell", -1)
+        return {"policy": self.far.policy, "params": {}}
+
+    def _carry(self, near: Any) -> None:
+        """Both ways, until one end is lost. Raises LinkError."""
+        far, handed = self.far, near.handed
+        beat = CoherentMemory(near.txns_memory)
+        has_flags = "flags" in (self.subsystem.DECISION.names or ())
+        busy_ns = look_ns = beat_ns = 0
+        while True:
+            now_ns = clock_ns()
+            if now_ns >= look_ns:
+                look_ns = now_ns + LOOK_NS
+                self._attend(near)
+            if now_ns >= beat_ns:
+                beat_ns = now_ns + BEAT_NS
+                ring.beat(beat, now_ns)
+            decisions = far.poll_txns(AT_ONCE)
+            if n := len(decisions):
+                if far.peer_joins() != self._joins:
+                    raise LinkError("the agent was lost for a moment")
+                self.counts["decisions"] += n
+                self._hand_over(near, decisions)
+                if handed is not None and handed.doorbell >= 0 and (not has_flags or (decisions["flags"] & self._bell).any()):
+                    ring_doorbell(handed.doorbell)
+                busy_ns = now_ns
+            messages = near.poll_messages(min(AT_ONCE, far.room()))
+            if m := len(messages):
+                self.counts["messages"] += m
+                if far.send_messages(messages) < m:
+                    raise LinkError("the agent was lost in mid-speech")
+                busy_ns = now_ns
+            elif not n and now_ns - busy_ns > AWAKE_NS:
+                time.sleep(NAP_S)
+
+    def _hand_over(self, near: Any, decisions: Any) -> None:
+        """All of them into hostd's ring, waiting for room."""
+        while len(decisions):
+            near.txn_create(len(decisions))[:] = decisions
+            decisions = decisions[near.txns_commit() :]
+            if len(decisions):
+                near.check()
+                time.sleep(NAP_S)
+
+    def _attend(self, near: Any) -> None:
+        """Are both ends there, and does hostd want something?"""
+        near.check()
+        if not self.far.peer_alive() or self.far.peer_joins() != self._joins:
+            raise LinkError(self.far.trouble or "the agent was lost for a moment")
+        for request in near.handed.requests() if near.handed is not None else ():
+            if "report" in request:
+                about = {"policy": self.far.policy, "params": {}, "pid": os.getpid(), "start": start_time(os.getpid()), "far": self.far_url}
+                near.handed.answer({"report": {**self.counts, **about}})
+            elif "set-policy" in request:
+                near.handed.answer({"unwilling": f"the policy is that of the agent at {self.far_url}: change it there"})
+
+
+def run_relay(near: str, far: str, subsystem: Any, **options: Any) -> None:
+    """Carry until SIGTERM or SIGINT. Raises LinkError if hostd does not want an agent of this user."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    Relay(near, far, subsystem, **options).run()
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise SystemExit(0)
+
+
+def _say(line: str) -> None:
+    print(f"relay: {line}", file=sys.stderr, flush=True)

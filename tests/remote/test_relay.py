@@ -1,0 +1,97 @@
+"""An enclave of this machine whose agent is elsewhere: hostd (over a simulated mechanism), `wave relay` and a listening agentd, each a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from two_machines import Machines, until
+
+from waveos.agents import agentd
+from waveos.errors import ConfigError
+from waveos.host import doors, restore
+from waveos.policy import load_policy
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hostd is root's")
+FAKE = Path(__file__).parents[1] / "host" / "fake_hostd.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    agentd._compile()
+    load_policy("fifo").bind(n_cpus=1)
+
+
+class Enclave:
+    """Sleepers in an enclave of a simulated hostd, which has no agent of its own."""
+
+    def __init__(self, machines: Machines, folder: Path) -> None:
+        self.machines, self.name = machines, f"test-{os.getpid()}"
+        sleepers = [subprocess.Popen(["sleep", "1000"], text=True) for _ in range(3)]
+        machines.processes += sleepers
+        pids = ",".join(str(each.pid) for each in sleepers)
+        command = [sys.executable, "-P", str(FAKE), "--enclave", self.name, "--cpus", "0", "--pids", pids, "--no-agent"]
+        self.hostd = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
+        machines.processes.append(self.hostd)
+        self.relay = machines.wave(machines.host, "relay", self.name, machines.url)
+
+    def status(self) -> dict[str, Any] | None:
+        try:
+            return doors.ask(self.name, {"do": "status"})
+        except ConfigError:
+            return None
+
+    def rounds(self) -> list[int]:
+        status = self.status()
+        return status["counters"]["rounds"] if status and status["agent"] else []
+
+    def goes_on(self) -> None:
+        """Every member runs again and again, from now on."""
+        before = until(self.rounds)
+        until(lambda: (now := self.rounds()) and all(b - a >= 3 for a, b in zip(before, now, strict=True)), "a thread is stuck")
+
+
+@pytest.fixture
+def enclave(machines, tmp_path, monkeypatch) -> Iterator[Enclave]:
+    monkeypatch.setenv("WAVE_RUN", str(tmp_path))
+    monkeypatch.setattr(restore, "RUN", tmp_path)
+    return Enclave(machines, tmp_path)
+
+
+def test_an_enclave_goes_on_through_the_loss_of_agent_relay_and_hostd(machines, enclave):
+    agent = machines.agentd("fifo")
+    enclave.goes_on()
+    assert enclave.status()["policy"] == "fifo"
+    assert enclave.status()["report"]["far"] == machines.url
+    agent.kill()
+    until(lambda: not enclave.status()["agent"], "the relay stays although its agent is lost")
+    machines.agentd("fifo")
+    enclave.goes_on()
+    enclave.relay.kill()
+    until(lambda: not enclave.status()["agent"])
+    enclave.relay = machines.wave(machines.host, "relay", enclave.name, machines.url)
+    enclave.goes_on()
+    assert enclave.status()["agents_lost"] == 2
+
+
+def test_a_policy_of_the_far_side_is_changed_there(machines, enclave):
+    machines.agentd("fifo")
+    enclave.goes_on()
+    answer = doors.ask(enclave.name, {"do": "set-policy", "policy": "shinjuku"})
+    assert not answer["ok"] and "change it there" in answer["error"]
+    enclave.goes_on()
+
+
+def test_the_relay_ends_when_it_is_told_to_and_the_enclave_keeps_its_threads(machines, enclave):
+    machines.agentd("fifo")
+    enclave.goes_on()
+    enclave.relay.send_signal(signal.SIGTERM)
+    assert enclave.relay.wait(60) == 0
+    until(lambda: not enclave.status()["agent"])
+    assert enclave.hostd.poll() is None

@@ -1,0 +1,27 @@
+"""`wave relay`: an enclave of this machine, and an agent on another."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from waveos.errors import ConfigError
+from waveos.names import nearest
+
+commands = typer.Typer()
+SUBSYSTEMS = ("sched", "memory", "net", "serving")
+
+
+@commands.command("relay")
+def relay(
+    enclave: Annotated[str, typer.Argument(help="The enclave's name, or the URL of its agent's socket (shm:///...).")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="The agent: zmq+tcp://[KEY@]HOST:PORT, where `wave agentd` listens.")],
+    subsystem: Annotated[str, typer.Option(help="What the enclave is for.")] = "sched",
+) -> None:
+    """Let an agent on another machine decide for an enclave of this one. It runs until it is stopped, and survives both ends."""
+    if subsystem not in SUBSYSTEMS:
+        raise ConfigError(f"no subsystem {subsystem!r}{nearest(subsystem, SUBSYSTEMS)}; there are: {', '.join(SUBSYSTEMS)}")
+    near = enclave if "://" in enclave else f"shm://{import_module('waveos.host.restore').RUN / enclave / 'agent.sock'}"
+    import_module("waveos.host.relay").run_relay(near, url, import_module(f"waveos.{subsystem}"))
