@@ -2,11 +2,12 @@
  *
  * The enclave's threads are SCHED_FIFO of one priority, so the kernel runs them in the order in which they became runnable, with or without an agent.
  * When it puts a thread on a CPU and the decision at the head of that CPU's queue names the same thread, the decision is committed here, at no cost.
- * When it picks another (the policy has an order of its own), or a preemption is asked for, hostd is woken; it moves a thread to the head or the tail
- * of the kernel's queue by raising or lowering its priority for a moment. Nothing here changes who runs.
+ * When nothing is decided for that CPU, what the kernel does holds, and the agent is told (THREAD_RUNNING): its policy may still preempt the thread.
+ * When a decision names another (the policy has an order of its own), or a preemption is asked for, hostd is woken; it moves a thread to the head or the
+ * tail of the kernel's queue by raising or lowering its priority for a moment. Nothing here changes who runs.
  *
- * A thread that runs undecided (a stray) is left alone for its first grace_ns: most are done by then, and an agent that is a little late would have
- * hostd take the CPU for longer than they do.
+ * A thread that runs in another's stead (a stray) is left alone for its first grace_ns: most are done by then, and an agent that is a little late would
+ * have hostd take the CPU for longer than they do. A timer ends the grace; where all others wait for the stray nothing else would.
  */
 #include "wave.bpf.h"
 
@@ -29,6 +30,16 @@ struct acts {
 };
 struct acts acts SEC(".bss.acts");
 
+struct alarm {
+	struct bpf_timer timer;
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CPUS);
+	__type(key, u32);
+	__type(value, struct alarm);
+} alarms SEC(".maps"); /* when a CPU's stray is looked at again */
+
 /* The stray of a CPU has run for longer than is let pass. */
 static __always_inline bool lingers(struct cpu *c, u64 now)
 {
@@ -47,7 +58,7 @@ static __always_inline bool compare(u32 cpu, u64 now)
 		return false;
 	d = first(cpu, now);
 	if (!d) {
-		tell_idle(cpu, now);
+		accept(c->stray, cpu, now);
 		return false;
 	}
 	if (d->tid == c->stray) {
@@ -59,6 +70,19 @@ static __always_inline bool compare(u32 cpu, u64 now)
 	c->deviates = 1;
 	host.deviations++;
 	return true;
+}
+
+static int look_again(void *map, u32 *cpu, struct alarm *alarm)
+{
+	u64 now = bpf_ktime_get_ns();
+	bool attend;
+
+	bpf_spin_lock(&lock);
+	attend = compare(*cpu, now);
+	bpf_spin_unlock(&lock);
+	if (attend)
+		notify(EVENT_ATTEND, 0, *cpu);
+	return 0;
 }
 
 /* Decisions may have come for any CPU: commit those that name what runs there already. Takes the lock. True if hostd must step in. */
@@ -144,7 +168,9 @@ SEC("tp_btf/sched_switch")
 int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int prev_state)
 {
 	s32 cpu = enclave_cpu(bpf_get_smp_processor_id()), out, in;
-	bool attend;
+	bool attend = false, strays = false;
+	struct alarm *alarm;
+	u32 key;
 	u64 now;
 
 	if (cpu < 0)
@@ -160,16 +186,17 @@ int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_stru
 		leave(out, cpu, preempt ? 0 : prev_state, in >= 0, next->tgid == host.hostd, now);
 	if (in >= 0) {
 		attend = arrive(in, cpu, now);
-	} else {
-		attend = false;
-		if (cpu_at(cpu)->running < 0) {
-			first(cpu, now); /* refuses what no longer holds */
-			tell_idle(cpu, now);
-		}
+		strays = cpu_at(cpu)->stray >= 0;
+	} else if (cpu_at(cpu)->running < 0) {
+		first(cpu, now); /* refuses what no longer holds */
+		tell_idle(cpu, now);
 	}
 	bpf_spin_unlock(&lock);
+	key = cpu;
 	if (attend)
 		notify(EVENT_ATTEND, 0, cpu);
+	else if (strays && (alarm = bpf_map_lookup_elem(&alarms, &key)))
+		bpf_timer_start(&alarm->timer, grace_ns, 0);
 	return 0;
 }
 
@@ -220,6 +247,23 @@ static __always_inline void order(u32 type, s32 tid, u32 cpu)
 	host.acts++;
 }
 
+SEC("syscall")
+int prepare(void *context)
+{
+	struct alarm *alarm;
+	u32 cpu;
+
+	bpf_for(cpu, 0, host.cpus) {
+		u32 key = cpu;
+
+		alarm = bpf_map_lookup_elem(&alarms, &key);
+		if (!alarm || bpf_timer_init(&alarm->timer, &alarms, 1 /* CLOCK_MONOTONIC */))
+			return 1;
+		bpf_timer_set_callback(&alarm->timer, look_again);
+	}
+	return 0;
+}
+
 /* The doorbell rang, or the kernel runs what was not decided: say what is to be done about it, in `acts`. */
 SEC("syscall")
 int attend(void *context)
@@ -247,7 +291,9 @@ int attend(void *context)
 			order(ACT_TAIL, c->running, cpu);
 		if (c->running < 0) {
 			d = first(cpu, now);
-			if (d && d->tid == c->stray)
+			if (!d && c->stray >= 0)
+				accept(c->stray, cpu, now);
+			else if (d && d->tid == c->stray)
 				commit(d, cpu, now);
 			else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1))
 				order(ACT_HEAD, d->tid, cpu);

@@ -43,6 +43,8 @@ class Priority(Governor):
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
             self._acts: Any = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(ACTS)[0]
+            if self._bpf.program("prepare").run():
+                raise ConfigError("the kernel gave no timer to the mechanism 'priority'")
             self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit")
         except BaseException:
             self.close()

@@ -401,22 +401,35 @@ static __noinline struct decision *first(u32 cpu, u64 now)
 	return NULL;
 }
 
-/* The decision at the head of the queue, which `first` returned, takes effect: its thread is the CPU's. */
-static __always_inline void commit(struct decision *d, u32 cpu, u64 now)
+/* The thread is the CPU's from now on. */
+static __always_inline void place(s32 tid, u32 cpu)
 {
 	struct cpu *c = cpu_at(cpu);
-	struct thread *t = thread_at(d->tid);
+	struct thread *t = thread_at(tid);
 
-	drop_head(c);
 	t->seq++;
 	t->state = RUNNING;
 	t->cpu = cpu;
 	c->seq++;
-	c->running = d->tid;
+	c->running = tid;
 	c->stray = NOBODY;
 	c->idle = 0;
 	c->deviates = 0;
+}
+
+/* The decision at the head of the queue, which `first` returned, takes effect. */
+static __always_inline void commit(struct decision *d, u32 cpu, u64 now)
+{
+	drop_head(cpu_at(cpu));
+	place(d->tid, cpu);
 	answer(d, cpu, OUTCOME_COMMITTED, now);
+}
+
+/* Nothing is decided, and the kernel runs the thread: so be it, and the agent is told. */
+static __always_inline void accept(s32 tid, u32 cpu, u64 now)
+{
+	place(tid, cpu);
+	tell(MESSAGE_THREAD_RUNNING, tid, cpu, 0, now);
 }
 
 /* The thread that was committed to the CPU leaves it. `type`: MESSAGE_THREAD_BLOCKED, _PREEMPTED, _YIELDED or _DEAD. */

@@ -12,8 +12,11 @@ The laws:
 - A CPU has at most DEPTH decisions outstanding; one more is not sent, and fails as congested when the batch ends.
 - `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
-- A thread that left while the policy held it is dropped silently when the policy runs it; a thread the policy does not hold is an error.
-  A policy that handles `thread_dead` takes the thread out of its queues there.
+- A thread that left while the policy held it (the host ran it, it was bound elsewhere, it ended) is dropped silently when the policy runs it; a thread
+  the policy does not hold is an error. If it comes back meanwhile it is offered again, and the policy then has it twice: the first that it runs is
+  dropped, so that the place from before is not its place now. A policy that keeps threads otherwise than in queues forgets them in `thread_running` and
+  `thread_blocked`; one that handles `thread_dead` takes the thread out of its queues there. Once nothing waits the policy is asked until it has named
+  all that have left.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ DEPTH = 4
 OUT = 4_096
 """Decisions of one batch."""
 NEVER = 1 << 62
+MOST_VOID = 4
+"""Places of a thread in a policy's queues at once; one more is not taken, and the thread has one of those."""
 RETURNS = 256
 """Decisions of one batch that may find their CPU full."""
 
@@ -77,7 +82,7 @@ THREAD = np.dtype(
         ("ran_ns", "i8"),
         ("cpu", "i4"),  # where it runs or is staged
         ("state", "u1"),
-        ("held", "u1"),  # the policy was told that it can run and has not run it since
+        ("void", "u1"),  # places it has in the policy's queues from times that it has left since
         ("request_class", "u1"),
         ("qos", "u1"),
     ],
@@ -122,6 +127,7 @@ RUNTIME = np.dtype(
         ("basis_ns", "i8"),  # host time of the newest message
         ("txn", "i8"),  # decisions made so far
         ("waiting", "i8"),  # runnable threads in the policy's hands
+        ("void", "i8"),  # all threads' void places
         ("made", "i8"),  # decisions in `out`
         ("failed", "i8"),
         ("failed_type", "i8"),
@@ -181,7 +187,7 @@ def failure(runtime: np.ndarray[Any, Any], bound: Bound) -> PolicyError:
         case 1:
             return PolicyError(f"{place}: {bound.explain(runtime['msg'])}{_full_queue(bound)}")
         case 2:
-            states = ("is gone or was never there", "is blocked", "is already placed", "is already staged", "is already running")
+            states = ("is gone or was never there", "is blocked", "waits", "is already staged", "is already running")
             state = states[int(runtime["thread"]["state"][0, tid])]
             return PolicyError(f"{place}: ran thread {tid}, which {state}; run only threads given by thread_runnable, each once")
         case 3:
@@ -273,15 +279,16 @@ def _apply(rt: Any) -> None:
                 _fail(rt, NOT_A_THREAD, tid, cpu)
                 return
             t = rt.thread[tid]
-            if not t.held:
+            if t.void:
+                t.void -= 1
+                rt.void -= 1
+                rt.dropped += 1
+            elif t.state != RUNNABLE:
                 _fail(rt, NOT_ITS_THREAD, tid, cpu)
                 return
-            t.held = 0
-            if t.state == RUNNABLE:
+            else:
                 rt.waiting -= 1
                 _stage(rt, tid, cpu, op == ORDER_RUN_NOW)
-            else:
-                rt.dropped += 1
         elif op == ORDER_PREEMPT:
             if c.running >= 0 and not c.ordered:
                 if c.live:
@@ -330,8 +337,10 @@ def _offer(rt: Any, tid: int, cpu: int, kind: int, front: int, outcome: int, tim
             rt.live -= 1
         t.state = RUNNABLE
         rt.waiting += 1
-    if not t.held:
-        t.held = 1
+        if t.void == MOST_VOID:
+            t.void -= 1
+            rt.void -= 1
+            return
         if not (rt.handlers >> kind) & 1:
             kind = THREAD_RUNNABLE
         _deliver(rt, kind, tid, cpu, front, outcome, time_ns)
@@ -347,10 +356,12 @@ def _set_idle(rt: Any, cpu: int, idle: int) -> None:
 
 @jit_inline
 def _leave(rt: Any, tid: int, state: int) -> None:
-    """The thread can no longer run."""
+    """The thread no longer waits for the policy."""
     t = rt.thread[tid]
     if t.state == RUNNABLE:
         rt.waiting -= 1
+        t.void += 1
+        rt.void += 1
     elif t.state == STAGED:
         rt.cpu[t.cpu].live -= 1
         rt.live -= 1
@@ -363,6 +374,17 @@ def _vacate(rt: Any, tid: int, cpu: int, cpu_seq: int) -> None:
     if cpu >= 0 and rt.cpu[cpu].running == tid:
         c = rt.cpu[cpu]
         c.running, c.timer_ns, c.ordered, c.preempting, c.seq = -1, 0, 0, 0, cpu_seq
+
+
+@jit_inline
+def _run(rt: Any, tid: int, cpu: int, m: Any) -> None:
+    """The thread is on the CPU."""
+    c, t = rt.cpu[cpu], rt.thread[tid]
+    _leave(rt, tid, RUNNING)
+    t.seq, t.cpu = m.seq, cpu
+    c.running, c.seq, c.ordered, c.preempting, c.timer_ns = tid, m.cpu_seq, 0, 0, 0
+    _set_idle(rt, cpu, 0)
+    _deliver(rt, THREAD_RUNNING, tid, cpu, 0, 0, m.time_ns)
 
 
 @jit_inline
@@ -384,11 +406,7 @@ def _settle_outcome(rt: Any, m: Any) -> None:
     c.staged -= found
     t = rt.thread[tid]
     if outcome == COMMITTED:
-        _leave(rt, tid, RUNNING)
-        t.seq, t.cpu = m.seq, cpu
-        c.running, c.seq, c.ordered, c.preempting, c.timer_ns = tid, m.cpu_seq, 0, 0, 0
-        _set_idle(rt, cpu, 0)
-        _deliver(rt, THREAD_RUNNING, tid, cpu, 0, 0, m.time_ns)
+        _run(rt, tid, cpu, m)
     else:
         c.ordered = 0
         if t.state == STAGED and t.cpu == cpu:  # else: another copy of the decision, or news of the thread, came first
@@ -404,11 +422,11 @@ def _reset(rt: Any) -> None:
     state[: rt.initial_bytes] = carray(as_pointer(rt.initial_at), rt.initial_bytes, np.uint8)
     for tid in range(rt.threads):
         t = rt.thread[tid]
-        t.state, t.held = ABSENT, 0
+        t.state, t.void = ABSENT, 0
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         c.timer_ns, c.running, c.staged, c.live, c.kicked, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
-    rt.waiting = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = 0
+    rt.waiting = rt.void = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = 0
 
 
 @jit_inline
@@ -424,6 +442,30 @@ def _ask(rt: Any, cpu: int, ahead: int) -> Any:
         if rt.dropped == dropped:  # it declined; else the thread that it chose had left meanwhile
             return False
     return False
+
+
+@jit
+def _clear(rt: Any) -> None:
+    """Nothing waits, but the policy's queues name threads that have left: have it name them."""
+    for cpu in range(rt.cpus):
+        c = rt.cpu[cpu]
+        while c.present and rt.void and not rt.failed:
+            dropped = rt.dropped
+            _deliver(rt, CPU_IDLE, -1, cpu, c.running >= 0, 0, rt.now_ns)
+            if rt.dropped == dropped:
+                break
+
+
+@jit
+def _clear(rt: Any) -> None:
+    """Nothing waits, but the policy's queues name threads that have left: have it name them."""
+    for cpu in range(rt.cpus):
+        c = rt.cpu[cpu]
+        while c.present and rt.void and not rt.failed:
+            dropped = rt.dropped
+            _deliver(rt, CPU_IDLE, -1, cpu, c.running >= 0, 0, rt.now_ns)
+            if rt.dropped == dropped:
+                break
 
 
 @jit
@@ -518,6 +560,8 @@ def _settle_batch(rt: Any, now_ns: int) -> None:
                 _ask(rt, cpu, 1)
                 if rt.waiting == 0:
                     break
+    if rt.void and rt.waiting == 0:
+        _clear(rt)
 
 
 @jit
@@ -555,18 +599,21 @@ def feed(rt: Any, m: Any) -> Any:
             _leave(rt, tid, BLOCKED)
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         elif kind == THREAD_DEAD:
-            if (rt.handlers >> THREAD_DEAD) & 1:
-                t.held = 0
             _vacate(rt, tid, cpu, m.cpu_seq)
             _leave(rt, tid, ABSENT)
+            if (rt.handlers >> THREAD_DEAD) & 1:
+                rt.void -= t.void
+                t.void = 0
             _deliver(rt, kind, tid, cpu, 0, 0, m.time_ns)
         else:
             if kind == THREAD_NEW:
-                t.state = BLOCKED
+                _leave(rt, tid, BLOCKED)
             _deliver(rt, kind, tid, cpu, front, 0, m.time_ns)
     elif cpu >= 0:
         c = rt.cpu[cpu]
-        if kind == CPU_NEW:
+        if kind == THREAD_RUNNING and tid >= 0:  # the host ran it while no decision was there
+            _run(rt, tid, cpu, m)
+        elif kind == CPU_NEW:
             c.present, c.seq, c.running = 1, m.cpu_seq, tid
             if tid >= 0:
                 _leave(rt, tid, RUNNING)

@@ -19,7 +19,7 @@ class Message(Told):
 
     THREAD_NEW = 1, "a thread entered the enclave; if it can run, thread_runnable follows"
     THREAD_RUNNABLE = 2, "the thread can run and is the policy's to place; front=1: it was placed before and that failed, so put it first"
-    THREAD_RUNNING = 3, "the thread is on msg.cpu since msg.time_ns: a decision was committed"
+    THREAD_RUNNING = 3, "the thread is on msg.cpu since msg.time_ns: a decision was committed, or the host ran it while none was there"
     THREAD_BLOCKED = 4, "the thread waits for something; it ran msg.ran_ns in all"
     THREAD_PREEMPTED = 5, "the thread was taken off msg.cpu and can run; without a handler it comes as thread_runnable"
     THREAD_YIELDED = 6, "the thread gave up msg.cpu and can run; without a handler it comes as thread_runnable"

@@ -26,6 +26,27 @@ def runs(pid: int) -> None:
     until(lambda: ran_ns(pid) > before, f"{pid} runs")
 
 
+def place(enclave: Any, hand: Hand, worker: Any) -> int:
+    """The thread runs, and is its CPU's: by a decision, or where the kernel has put it there by itself, because it says so. Its number."""
+    tid = int(enclave.number(worker.pid))
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    if enclave.kind == "priority":
+        hand.told(Message.THREAD_RUNNING, tid)
+    else:
+        assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    runs(worker.pid)
+    return tid
+
+
+def wait(enclave: Any, hand: Hand, worker: Any) -> int:
+    """The thread can run, behind one that does. Its number."""
+    tid = int(enclave.number(worker.pid))
+    worker.run()
+    hand.told(Message.THREAD_RUNNABLE, tid)
+    return tid
+
+
 def test_an_agent_is_given_the_whole_state_first(enclave: Any) -> None:
     workers = [enclave.worker() for _ in range(3)]
     hand = Hand(enclave.mechanism)
@@ -37,11 +58,9 @@ def test_an_agent_is_given_the_whole_state_first(enclave: Any) -> None:
 
 def test_a_thread_that_wakes_and_sleeps_says_so_with_rising_sequence_numbers(enclave: Any) -> None:
     worker = enclave.worker()
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
+    hand = Hand(enclave.mechanism)
+    tid = place(enclave, hand, worker)
     woken = hand.told(Message.THREAD_RUNNABLE, tid)
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
-    runs(worker.pid)
     worker.rest()
     asleep = hand.told(Message.THREAD_BLOCKED, tid)
     assert asleep["seq"] > woken["seq"]
@@ -49,25 +68,22 @@ def test_a_thread_that_wakes_and_sleeps_says_so_with_rising_sequence_numbers(enc
 
 
 def test_a_committed_decision_is_told_with_the_new_numbers(enclave: Any) -> None:
-    worker = enclave.worker()
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, first)
+    tid = wait(enclave, hand, second)
     before = hand.seq[tid]
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    staged = hand.decide(tid, flags=0)
+    first.rest()
+    assert hand.outcome(staged) is Outcome.COMMITTED
     assert hand.seq[tid] == before + 1
 
 
 def test_a_preemption_gives_the_cpu_to_what_is_staged(enclave: Any) -> None:
     first, second = enclave.worker(), enclave.worker()
     hand = Hand(enclave.mechanism)
-    a, b = enclave.number(first.pid), enclave.number(second.pid)
-    first.run()
-    hand.told(Message.THREAD_RUNNABLE, a)
-    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
-    runs(first.pid)
-    second.run()
-    hand.told(Message.THREAD_RUNNABLE, b)
+    a = place(enclave, hand, first)
+    b = wait(enclave, hand, second)
     staged = hand.decide(b, flags=0)
     assert hand.outcome(hand.preempt()) is Outcome.COMMITTED
     assert hand.outcome(staged) is Outcome.COMMITTED
@@ -78,45 +94,43 @@ def test_a_preemption_gives_the_cpu_to_what_is_staged(enclave: Any) -> None:
 def test_run_now_replaces_what_runs(enclave: Any) -> None:
     first, second, third = (enclave.worker() for _ in range(3))
     hand = Hand(enclave.mechanism)
-    for worker in (first, second, third):
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    assert hand.outcome(hand.decide(enclave.number(first.pid))) is Outcome.COMMITTED
-    runs(first.pid)
-    assert hand.outcome(hand.decide(enclave.number(third.pid), flags=KICKED | PREEMPT)) is Outcome.COMMITTED
+    a = place(enclave, hand, first)
+    wait(enclave, hand, second)
+    c = wait(enclave, hand, third)
+    assert hand.outcome(hand.decide(c, flags=KICKED | PREEMPT)) is Outcome.COMMITTED
     runs(third.pid)
-    hand.told(Message.THREAD_PREEMPTED, enclave.number(first.pid))
+    hand.told(Message.THREAD_PREEMPTED, a)
 
 
 def test_the_order_of_decisions_is_the_order_of_turns(enclave: Any) -> None:
-    workers = [enclave.worker() for _ in range(3)]
+    runner, *workers = (enclave.worker() for _ in range(4))
     hand = Hand(enclave.mechanism)
-    for worker in workers:
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    order = [workers[1], workers[2], workers[0]]
-    staged = [hand.decide(enclave.number(worker.pid), flags=KICKED if i == 0 else 0) for i, worker in enumerate(order)]
-    for worker, txn in zip(order, staged, strict=True):
+    place(enclave, hand, runner)
+    numbers = [wait(enclave, hand, worker) for worker in workers]
+    order = [1, 2, 0]
+    staged = [hand.decide(numbers[i], flags=0) for i in order]
+    runner.rest()
+    for i, txn in zip(order, staged, strict=True):
         assert hand.outcome(txn) is Outcome.COMMITTED
-        runs(worker.pid)
-        worker.rest()
+        runs(workers[i].pid)
+        workers[i].rest()
 
 
 def test_a_stale_decision_leaves_the_thread_where_it_was(enclave: Any) -> None:
-    worker = enclave.worker()
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
-    assert hand.outcome(hand.decide(tid, seq=hand.seq[tid] - 1)) is Outcome.STALE
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    runner, worker = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, runner)
+    tid = wait(enclave, hand, worker)
+    stale, good = hand.decide(tid, seq=hand.seq[tid] - 1, flags=0), hand.decide(tid, flags=0)
+    runner.rest()
+    assert hand.outcome(stale) is Outcome.STALE
+    assert hand.outcome(good) is Outcome.COMMITTED
 
 
 def test_a_preemption_of_what_no_longer_runs_is_stale(enclave: Any) -> None:
     worker = enclave.worker()
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, worker)
     txn = hand.decide(-1, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU, cpu_seq=hand.cpu_seq[0] - 1)
     assert hand.outcome(txn) is Outcome.STALE
     runs(worker.pid)
@@ -134,11 +148,8 @@ def test_a_thread_is_not_put_on_two_cpus(enclave: Any) -> None:
     worker = enclave.worker(adopted=False)
     os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(worker.pid))})
     enclave.mechanism.adopt(worker.pid)
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
-    runs(worker.pid)
+    hand = Hand(enclave.mechanism)
+    tid = place(enclave, hand, worker)
     assert hand.outcome(hand.decide(tid, cpu=1)) is Outcome.TARGET_ON_CPU
     runs(worker.pid)
 
@@ -169,34 +180,31 @@ def test_a_thread_that_ended_is_gone(enclave: Any) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_and_changes_nothing(enclave: Any, fields: dict[str, int], expected: Outcome) -> None:
-    worker = enclave.worker()
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
+    runner, worker = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, runner)
+    tid = wait(enclave, hand, worker)
     assert hand.outcome(hand.decide(**{"tid": tid, "seq": hand.seq[tid]} | fields)) is expected
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    runs(runner.pid)
+    staged = hand.decide(tid, flags=0)
+    runner.rest()
+    assert hand.outcome(staged) is Outcome.COMMITTED
 
 
 def test_more_decisions_than_a_cpu_holds_are_congested(enclave: Any) -> None:
-    workers = [enclave.worker() for _ in range(2)]
+    first, second = (enclave.worker() for _ in range(2))
     hand = Hand(enclave.mechanism)
-    for worker in workers:
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    a, b = (enclave.number(worker.pid) for worker in workers)
-    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    place(enclave, hand, first)
+    b = wait(enclave, hand, second)
     txns = [hand.decide(b, flags=0) for _ in range(9)]
     assert hand.outcome(txns[-1]) is Outcome.CONGESTED
 
 
 def test_what_is_staged_before_a_run_now_is_superseded(enclave: Any) -> None:
-    workers = [enclave.worker() for _ in range(3)]
+    first, second, third = (enclave.worker() for _ in range(3))
     hand = Hand(enclave.mechanism)
-    for worker in workers:
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    a, b, c = (enclave.number(worker.pid) for worker in workers)
-    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    place(enclave, hand, first)
+    b, c = wait(enclave, hand, second), wait(enclave, hand, third)
     hand.listen()
     overtaken = hand.decide(b, flags=0)
     assert hand.outcome(hand.decide(c, flags=KICKED | PREEMPT)) is Outcome.COMMITTED
@@ -205,24 +213,21 @@ def test_what_is_staged_before_a_run_now_is_superseded(enclave: Any) -> None:
 
 @pytest.mark.cpus(2)
 def test_a_cpu_that_the_thread_may_not_use_is_unavailable(enclave: Any) -> None:
-    worker = enclave.worker(adopted=False)
-    os.sched_setaffinity(worker.pid, {min(os.sched_getaffinity(worker.pid))})
-    enclave.mechanism.adopt(worker.pid)
-    hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
-    worker.run()
-    hand.told(Message.THREAD_RUNNABLE, tid)
+    runner, worker = (enclave.worker(adopted=False) for _ in range(2))
+    for each in (runner, worker):
+        os.sched_setaffinity(each.pid, {min(os.sched_getaffinity(each.pid))})
+        enclave.mechanism.adopt(each.pid)
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, runner)
+    tid = wait(enclave, hand, worker)
     assert hand.outcome(hand.decide(tid, cpu=1)) is Outcome.CPU_UNAVAILABLE
 
 
 def test_what_a_lost_agent_staged_is_counted_and_not_done(enclave: Any) -> None:
-    workers = [enclave.worker() for _ in range(2)]
+    first, second = (enclave.worker() for _ in range(2))
     hand = Hand(enclave.mechanism)
-    for worker in workers:
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    a, b = (enclave.number(worker.pid) for worker in workers)
-    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
-    hand.decide(b, flags=0)
+    place(enclave, hand, first)
+    hand.decide(wait(enclave, hand, second), flags=0)
     enclave.mechanism.attend()
     enclave.mechanism.agent_gone()
     assert enclave.mechanism.counters()["outcomes"]["agent_lost"] == 1
@@ -244,22 +249,21 @@ def test_without_an_agent_every_thread_gets_its_turn(enclave: Any) -> None:
 def test_a_second_agent_goes_on_where_the_first_died(enclave: Any) -> None:
     workers = [enclave.worker() for _ in range(2)]
     hand = Hand(enclave.mechanism, 1)
-    for worker in workers:
-        worker.run()
-        hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
-    a, b = (enclave.number(worker.pid) for worker in workers)
-    assert hand.outcome(hand.decide(a)) is Outcome.COMMITTED
+    place(enclave, hand, workers[0])
+    b = wait(enclave, hand, workers[1])
     enclave.mechanism.agent_gone()
     second = Hand(enclave.mechanism, 2)
     second.told(Message.THREAD_RUNNABLE, b)
+    staged = second.decide(b)
     workers[0].rest()
-    assert second.outcome(second.decide(b)) is Outcome.COMMITTED
+    assert second.outcome(staged) is Outcome.COMMITTED
     runs(workers[1].pid)
 
 
 def test_messages_that_found_no_room_are_replayed_as_state(enclave: Any) -> None:
-    worker = enclave.worker()
+    runner, worker = enclave.worker(), enclave.worker()
     hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)
+    place(enclave, hand, runner)
     hand.listen()
     hand.flood(tid)
     worker.run()
@@ -272,7 +276,9 @@ def test_messages_that_found_no_room_are_replayed_as_state(enclave: Any) -> None
 
     until(resynchronised, "a replay")
     hand.told(Message.THREAD_RUNNABLE, tid, after=before)
-    assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    staged = hand.decide(tid)
+    runner.rest()
+    assert hand.outcome(staged) is Outcome.COMMITTED
 
 
 def test_children_of_a_member_join_and_leave(enclave: Any) -> None:
