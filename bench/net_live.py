@@ -71,7 +71,7 @@ def strike_agents(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]
     with _world([STRIKE_NS]) as (network, client, core):
         for name, number in STRIKES.items():
             with _serving(network, "jbsq", core) as path:
-                places = path.ring_places
+                places = path.ports.places
                 pid = path.agent_pid
                 hit: list[int] = []
 

@@ -186,6 +186,9 @@ class Hostd:
         self._attachments += 1
         self._attached_s = time.monotonic()
         self.mechanism.agent_here(self._generation)
+        if hasattr(self._room, "AGENT"):  # whose agent serves something else than queues
+            told, descriptors = self.mechanism.hand_over()
+            return {"generation": self._generation, **told}, descriptors
         queues = [self.mechanism.queues[name] for name in ("messages", "txns")]
         told = {"generation": self._generation, "bytes": [size for _, size in queues]}
         return told, [*(fd for fd, _ in queues), self.mechanism.doorbell]
@@ -197,7 +200,8 @@ class Hostd:
     def _start_agent(self) -> None:
         """A child of ours that runs as the user it is told to, on its own core, as an ordinary process."""
         agent = self.settings.agent
-        command = [sys.executable, "-P", "-m", "waveos.agents.agentd", f"shm://{self.agents.path}"]
+        module, scheme = getattr(self._room, "AGENT", ("waveos.agents.agentd", "shm"))
+        command = [sys.executable, "-P", "-m", module, f"{scheme}://{self.agents.path}"]
         if not self._room.AGENT_ASKS and self.policy is not None:
             command += [self.policy, *(word for key, value in self.params.items() for word in ("--param", f"{key}={value!r}"))]
         command += ["--nice", str(agent.nice)]

@@ -25,6 +25,7 @@ CAPABILITIES = {
     "CAP_SETGID": 6,
     "CAP_SETUID": 7,
     "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
     "CAP_IPC_LOCK": 14,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,

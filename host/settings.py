@@ -52,8 +52,8 @@ class Settings(_Table):
     """One enclave."""
 
     enclave: str = Field(description="a name")
-    subsystem: Literal["sched", "memory"] = Field("sched", description='"sched" or "memory"')
-    cpus: str = Field("", description='the CPUs of the enclave, as in "0-3,5"; of memory none')
+    subsystem: Literal["sched", "memory", "net"] = Field("sched", description='"sched", "memory" or "net"')
+    cpus: str = Field("", description='the CPUs of the enclave, as in "0-3,5"; of memory and net none')
     pids: list[int] = Field([], description="numbers of processes")
     cgroup: str | None = Field(None, description="the path of a cgroup")
     command: list[str] = Field([], description="a command and its arguments, a list of strings")

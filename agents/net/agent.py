@@ -1,4 +1,4 @@
-"""The agent of a network data path: `python -m waveos.agents.net.agent xsk://PATH POLICY [--param KEY=VALUE] [--core C] [--nap-us N]`.
+"""The agent of a network data path: `python -m waveos.agents.net.agent xsk://PATH [POLICY] [--param KEY=VALUE] [--core C] [--nap-us N]`.
 
 It needs no privilege. It ends with the host, on SIGTERM or SIGINT, or with one line when the policy fails; then traffic takes the kernel's own path.
 """
@@ -12,42 +12,77 @@ import sys
 from typing import Any
 
 from waveos import net
+from waveos.agents.agentd import begin_life
 from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.link import open_link
 from waveos.net.laws import failure, make_runtime
 from waveos.policy import load_policy
 from waveos.primitives import clock_ns
+from waveos.process import start_time
 
 SLICE_NS = 20_000_000
 SLICES_A_WORD = 25
 """The host is told the counters after so many."""
 
 
-def run_agent(url: str, policy: str, params: dict[str, float], **options: Any) -> dict[str, int]:
-    """Serve until the host is gone; what the data path did. Raises LinkError when it cannot be opened, PolicyError when the policy fails."""
+class Server:
+    """One data path and the policy that it is served by."""
+
+    def __init__(self, url: str, policy: str | None, params: dict[str, float], **options: Any) -> None:
+        """Raises LinkError when it cannot be opened, ConfigError and PolicyError for a policy that cannot serve it."""
+        self.policy, self.params = policy, params
+        self._link: Any = open_link(url, side="agent", subsystem=net, prepare=self._prepare, **options)
+
+    def _prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The host has told how many workers there are: compile for them. Its policy counts where the agent has none of its own."""
+        if self.policy is None:
+            if not facts.get("policy"):
+                raise ConfigError("neither the host nor this agent names a policy; give one after the URL")
+            self.policy, self.params = facts["policy"], facts.get("params") or {}
+        self._bound, self._runtime = _bind(self.policy, self.params, int(facts["workers"]))
+        return {"policy": self.policy, "params": self.params}
+
+    def run(self) -> None:
+        """Serve until the host is gone. Raises PolicyError when the policy fails."""
+        slices = 0
+        try:
+            while self._link.serve(self._runtime, clock_ns() + SLICE_NS):
+                slices += 1
+                if slices % SLICES_A_WORD == 0:
+                    self._link.tell(self._report())
+                for request in self._link.requests():
+                    self._answer(request)
+            raise failure(self._runtime, self._bound)
+        except LinkError:
+            return  # the host is gone
+        finally:
+            self._link.tell(self._report())
+            self._link.close()
+
+    def _report(self) -> dict[str, Any]:
+        about = {"policy": self.policy, "params": self.params, "pid": os.getpid(), "start": start_time(os.getpid())}
+        return {"report": {**about, "counters": self._link.counters()}}
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        if "report" in request:
+            self._link.tell(self._report())
+        elif "set-policy" in request:
+            name, params = request["set-policy"]["policy"], request["set-policy"].get("params") or {}
+            try:
+                bound, runtime = _bind(name, params, self._link.workers)
+            except (WaveError, ValueError) as error:
+                self._link.tell({"unwilling": str(error)})
+                return
+            self._link.renew({"policy": name, "params": params})
+            self.policy, self.params, self._bound, self._runtime = name, params, bound, runtime
+
+
+def _bind(policy: str, params: dict[str, float], workers: int) -> tuple[Any, Any]:
     chosen = load_policy(policy)
     if chosen.subsystem is not net:
         raise ConfigError(f"policy {policy!r} is not one of the network's")
-    link: Any = open_link(url, side="agent", subsystem=net, **options)
-    try:
-        bound = chosen.bind(n_cpus=link.workers, params=params)
-        runtime = make_runtime(bound, workers=link.workers)
-        slices = 0
-        while link.serve(runtime, clock_ns() + SLICE_NS):
-            slices += 1
-            if slices % SLICES_A_WORD == 0:
-                link.tell(link.counters())
-            try:
-                link.check()
-            except LinkError:
-                break
-        else:
-            raise failure(runtime, bound)
-        counters: dict[str, int] = link.counters()
-        return counters
-    finally:
-        link.tell(link.counters())
-        link.close()
+    bound = chosen.bind(n_cpus=workers, params=params)
+    return bound, make_runtime(bound, workers=workers)
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -63,20 +98,19 @@ def _parameter(text: str) -> tuple[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="net-agent", description="Steer requests by a policy, on AF_XDP sockets that a host hands over.")
-    parser.add_argument("url", help="the link, e.g. xsk:///run/wave/net/agent.sock")
-    parser.add_argument("policy", help="a policy's name, or file.py[:Class]")
+    parser.add_argument("url", help="the link, e.g. xsk:///run/wave/lab/agent.sock")
+    parser.add_argument("policy", nargs="?", help="a policy's name, or file.py[:Class]; by default the host's")
     parser.add_argument("--core", type=int, default=None, help="run on this core only")
     parser.add_argument("--nice", type=int, default=10, help="below the workers that it serves (default 10)")
-    parser.add_argument("--nap-us", type=int, default=0, help="sleep that long between looks when nothing comes (default: never)")
+    parser.add_argument("--nap-us", "--idle-us", type=float, default=0, help="sleep that long between looks when nothing comes (default: never)")
     parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy")
+    parser.add_argument("--parent", type=int, default=None, help="end with that process")
     options = parser.parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, options.nice)
-        if options.core is not None:
-            os.sched_setaffinity(0, {options.core})
-        run_agent(options.url, options.policy, dict(map(_parameter, options.param)), nap_us=options.nap_us)
+        begin_life(options.core, options.nice, options.parent)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        Server(options.url, options.policy, dict(map(_parameter, options.param)), nap_us=int(options.nap_us)).run()
     except (WaveError, ValueError, OSError) as error:
         print(f"net-agent: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, WaveError) else 1

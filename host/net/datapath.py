@@ -1,4 +1,6 @@
-"""The IPU of a network on this machine: ports at both its wires, the doorway, and the agent in a process of its own."""
+"""The IPU of a network on this machine, in one program: ports at both its wires, the doorway, and the agent in a process of its own. `wave hostd` has the
+same as a daemon.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import sys
 from waveos.errors import ConfigError
 from waveos.host import changes
 from waveos.host.net.link import Doorway
-from waveos.host.net.topology import Network, inside
+from waveos.host.net.ports import RING_SIZE, Ports
+from waveos.host.net.topology import Network
 from waveos.host.restore import Journal
-from waveos.host.xsk import Port
 
 PR_CAPBSET_DROP, CAPABILITIES = 24, 64
 JOURNAL = "path-"
@@ -23,21 +25,18 @@ _libc = ctypes.CDLL(None)
 class Datapath:
     """Opened, and served by whoever comes through the doorway; `start_agent` starts one. Raises ConfigError where the network has a live one."""
 
-    def __init__(self, network: Network, *, port: int, workers: int, ring_size: int = 2_048) -> None:
+    def __init__(self, network: Network, *, port: int, workers: int, ring_size: int = RING_SIZE) -> None:
         self._undo = contextlib.ExitStack()
         self._agent: subprocess.Popen[bytes] | None = None
         try:
             journal = Journal(JOURNAL + network.name)
             self._undo.callback(journal.close)
-            with inside(network.ipu):
-                self.client = self._undo.enter_context(Port.open("client", port=port, ring_size=ring_size))
-                self.host = self._undo.enter_context(Port.open("host", port=port, from_client=False, ring_size=ring_size, share=self.client))
+            self.ports = Ports(network, port=port, workers=workers, ring_size=ring_size)
+            self._undo.callback(self.ports.close)
             socket = journal.path.parent / "agent.sock"
             changes.note_new_file(journal, socket)
             self.url = f"xsk://{socket}"
-            self.ring_places = 4 * ring_size
-            """Packets that the receiving and sending rings of both ports hold at most."""
-            self._door = Doorway(socket, self.client, self.host, port=port, workers=workers, open_to_all=True)
+            self._door = Doorway(socket, self.ports)
             self._undo.callback(self._door.close)
         except BaseException:
             self._undo.close()
@@ -59,7 +58,7 @@ class Datapath:
     @property
     def serving(self) -> bool:
         """The agent's heart beats."""
-        return bool(self.client.control["heartbeat_ns"][0])
+        return bool(self.ports.heartbeat_ns)
 
     @property
     def counters(self) -> dict[str, int]:

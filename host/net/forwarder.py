@@ -18,6 +18,7 @@ from waveos.host.xsk.rings import (
     load8,
     load16,
     load32,
+    load64,
     receive,
     room,
     send,
@@ -28,7 +29,7 @@ from waveos.host.xsk.rings import (
     wake,
 )
 from waveos.jit import jit, jit_inline, store_word
-from waveos.net.laws import BATCH_END, LINK_DOWN, LINK_UP, REQUEST_ARRIVED, REQUEST_DONE, REQUEST_LOST, TXN_OUTCOME, WORKER_NEW, feed
+from waveos.net.laws import BATCH_END, LINK_DOWN, LINK_UP, REQUEST_ARRIVED, REQUEST_DONE, REQUEST_LOST, TXN_OUTCOME, WORKER_GONE, WORKER_NEW, feed
 from waveos.net.orders import MARK, SET_ENTRY, SET_RATE, SHED, STEER
 from waveos.net.rates import RATES, admit, limit
 from waveos.net.records import CLASSES, MAX_REQUESTS, REFUSED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION, SUBSYSTEM, TABLE_ENTRIES
@@ -59,6 +60,8 @@ FORWARDER = np.dtype(
     [
         ("client_beat_at", "i8"),  # addresses of the two programs' heartbeats
         ("host_beat_at", "i8"),
+        ("gone_at", "i8"),  # address of the word in which the host says which workers are gone, a bit each
+        ("gone", "u8"),  # as last seen
         ("port", "i8"),  # of the service; worker w's own is port + 1 + w
         ("timeout_ns", "i8"),
         ("nap_us", "i8"),  # 0: never sleeps
@@ -169,6 +172,8 @@ def _take_requests(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any,
         # Both addresses' low bits and both ports: what a network card's hash takes, mixed (Knuth's multiplicative hashing).
         flow = ((load32(at + 26) ^ load32(at + 30) ^ load32(at + UDP_AT)) * 2_654_435_761 & 0xFFFF_FFFF) >> 8
         worker = f.table[flow % TABLE_ENTRIES]
+        if worker >= 0 and (f.gone >> np.uint64(worker)) & np.uint64(1):
+            worker = -1
         if f.free_n == 0 or frames.n == 0 or (worker >= 0 and not room(host)):
             f.no_slot += 1
             _refuse(client, frames, packets, i)
@@ -287,12 +292,24 @@ def _swapped(port: int) -> Any:
 def _find_lost(f: Any, rt: Any, m: Any, now: int) -> None:
     for slot in range(MAX_REQUESTS):
         s = f.slot[slot]
-        if s.state == SENT and now - s.sent_ns > f.timeout_ns:
+        if s.state == SENT and (now - s.sent_ns > f.timeout_ns or (f.gone >> np.uint64(s.worker)) & np.uint64(1)):
             s.seq += 1
             m.work_ns = 0
             _say(rt, m, REQUEST_LOST, slot, int(s.worker), s.seq, now)
             _release(f, slot)
             f.lost += 1
+
+
+@jit
+def _look_at_workers(f: Any, rt: Any, m: Any, now: int) -> None:
+    """Who is gone since the last look, and who is back."""
+    gone = np.uint64(load64(f.gone_at))
+    if gone == f.gone:
+        return
+    changed, f.gone = gone ^ f.gone, gone
+    for worker in range(rt.workers):
+        if (changed >> np.uint64(worker)) & np.uint64(1):
+            _say(rt, m, WORKER_GONE if (gone >> np.uint64(worker)) & np.uint64(1) else WORKER_NEW, -1, worker, 0, now)
 
 
 @jit_inline
@@ -348,6 +365,7 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
             return POLICY_FAILED
         if now > f.next_look_ns:
             f.next_look_ns = now + LOOK_FOR_LOST_NS
+            _look_at_workers(f, rt, m, now)
             _find_lost(f, rt, m, now)
             _watch(f, 0, c, rt, m, now)
             _watch(f, 1, h, rt, m, now)

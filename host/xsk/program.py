@@ -27,7 +27,8 @@ CONTROL = np.dtype(
         ("port", "u2"),
         ("from_client", "u2"),
         ("sink", "u2"),
-        ("spare", "u2", (5,)),
+        ("spare", "u2"),
+        ("gone", "u8"),
         *((name, "u8") for name in COUNTERS),
     ]
 )

@@ -22,7 +22,8 @@ struct control { /* shared with user space: waveos.host.xsk.program.CONTROL */
 	__u16 port;        /* of the service, host order */
 	__u16 from_client; /* 1: packets to that port are the service's; 0: packets from it */
 	__u16 sink;        /* 1: the service's packets are counted and dropped, for a generator that only counts */
-	__u16 spare[5];
+	__u16 spare;
+	__u64 gone;        /* workers that are gone, a bit each: between owner and server alone */
 	/* what became of packets */
 	__u64 redirected;
 	__u64 passed;    /* not the service's */

@@ -71,8 +71,8 @@ def test_every_request_is_answered_and_steered_or_on_the_kernels_path(world: Any
     with serving(network, policy, "--nap-us", "50") as path:
         answered = client.run(plan(300, 0.5), patience_s=PATIENCE_S)
         assert answered.unanswered == 0
-        assert path.client.redirect.counters()["redirected"] > 0
-        assert path.host.redirect.counters()["redirected"] > 0
+        assert path.ports.client.redirect.counters()["redirected"] > 0
+        assert path.ports.host.redirect.counters()["redirected"] > 0
 
 
 def test_what_would_be_late_is_refused_and_the_client_told(world: Any) -> None:
@@ -92,16 +92,16 @@ def test_a_dead_or_hung_agent_costs_what_was_in_the_rings_and_no_more(world: Any
 
         def strike(since_s: float) -> None:
             if since_s > 0.5 and not hit:
-                os.kill(path._agent.pid, number)
+                os.kill(path.agent_pid, number)
                 hit.append(time.monotonic_ns())
 
         answered = client.run(sent, patience_s=2.0, heard=strike)
         at = answered.start_ns + answered.plan["at_ns"]
         missing = at[answered.plan["done_ns"] == 0]
         assert hit and len(missing) <= 4_096 + 4_096, "bounded by the rings"
-        assert path.client.redirect.counters()["unserved"] > 0, "the kernel's path took over"
+        assert path.ports.client.redirect.counters()["unserved"] > 0, "the kernel's path took over"
         # Whatever was sent once the heart was silent for its patience went by the kernel's path: nothing of that is missing.
-        patience_ns = int(path.client.control["patience_ns"][0])
+        patience_ns = int(path.ports.client.control["patience_ns"][0])
         assert patience_ns < FALLBACK_S * 1e9
         assert np.all(missing < hit[0] + FALLBACK_S * 1e9)
         assert np.any((at > hit[0] + FALLBACK_S * 1e9) & (answered.plan["done_ns"] > 0))
@@ -112,17 +112,17 @@ def test_an_agent_that_goes_on_after_it_hung_has_the_traffic_back_and_nothing_is
     with serving(network, "jbsq", "--nap-us", "50") as path:
         os.kill(path.agent_pid, signal.SIGSTOP)
         try:
-            beat = int(path.client.control["heartbeat_ns"][0])
-            wait_for(lambda: time.monotonic_ns() - beat > 2 * int(path.client.control["patience_ns"][0]))
+            beat = int(path.ports.client.control["heartbeat_ns"][0])
+            wait_for(lambda: time.monotonic_ns() - beat > 2 * int(path.ports.client.control["patience_ns"][0]))
             assert client.run(plan(300, 0.3), patience_s=PATIENCE_S).unanswered == 0
-            unserved = path.client.redirect.counters()["unserved"]
+            unserved = path.ports.client.redirect.counters()["unserved"]
             assert unserved > 0, "the kernel's path"
         finally:
             os.kill(path.agent_pid, signal.SIGCONT)
-        wait_for(lambda: int(path.client.control["heartbeat_ns"][0]) > beat)
-        before = path.client.redirect.counters()["redirected"]
+        wait_for(lambda: int(path.ports.client.control["heartbeat_ns"][0]) > beat)
+        before = path.ports.client.redirect.counters()["redirected"]
         assert client.run(plan(300, 0.3), patience_s=PATIENCE_S).unanswered == 0
-        assert path.client.redirect.counters()["redirected"] > before
+        assert path.ports.client.redirect.counters()["redirected"] > before
 
 
 def test_the_namespaces_are_as_before_after_all_that(world: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_network_has_one_data_path(world: Any) -> None:
 def test_the_agent_has_no_capability_and_serves(world: Any) -> None:
     network, client = world
     with serving(network, "rss", "--nap-us", "50") as path:
-        status = Path(f"/proc/{path._agent.pid}/status").read_text()
+        status = Path(f"/proc/{path.agent_pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status and "CapPrm:\t0000000000000000" in status
         assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0
 

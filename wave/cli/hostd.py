@@ -20,7 +20,7 @@ Name = Annotated[str | None, typer.Argument(help="The enclave; may be left out w
 def hostd(
     config: Annotated[Path | None, typer.Option(help="A TOML file that says all of this; flags win over it.", show_default=False)] = None,
     enclave: Annotated[str | None, typer.Option(help="The enclave's name.", show_default=False)] = None,
-    subsystem: Annotated[str | None, typer.Option(help="sched or memory.  [default: sched]", show_default=False)] = None,
+    subsystem: Annotated[str | None, typer.Option(help="sched, memory or net.  [default: sched]", show_default=False)] = None,
     cpus: Annotated[str | None, typer.Option(help="Its CPUs, as in 0-3,5 (sched).", show_default=False)] = None,
     pids: Annotated[str | None, typer.Option(help="Its members: these processes, as in 12,13, with all their threads.", show_default=False)] = None,
     cgroup: Annotated[str | None, typer.Option(help="Its members: all that is and comes into this cgroup.", show_default=False)] = None,
