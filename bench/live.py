@@ -42,7 +42,7 @@ OPTIONS = {
     "rounds": (5, "interleaved rounds at 70 % load; figures are medians over them"),
     "seconds": (4.0, "length of a round"),
     "saturation_s": (20.0, "length of a window of the search for saturation"),
-    "workers": (16, "worker processes"),
+    "workers": (64, "worker processes: enough that a request seldom waits for one"),
     "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
     "quick": (False, "2 rounds of 1 s, fewer columns, saturation over 1 s: for a look and for CI, not for figures"),
 }
@@ -96,7 +96,7 @@ def run(
     rounds: int = 5,
     seconds: float = 4.0,
     saturation_s: float = 20.0,
-    workers: int = 16,
+    workers: int = 64,
     quantum_us: float = 200.0,
     quick: bool = False,
 ) -> dict[str, Any]:

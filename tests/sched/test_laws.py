@@ -10,7 +10,7 @@ from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.record import VERSION
 from waveos.sched import DECISION, MESSAGE, OUTCOME, SUBSYSTEM, Decision, Message
-from waveos.sched.laws import DEPTH
+from waveos.sched.laws import DEPTH, MOST_VOID
 from waveos.sched.records import KICKED, PREEMPT
 from waveos.testing import Replayed
 
@@ -70,6 +70,15 @@ class Host:
         self.cpu_seq[cpu] += 1
         self.say("thread_blocked", tid, cpu)
         return self.say("cpu_idle", cpu=cpu) if idle else self
+
+    def run_undecided(self, tid, cpu):
+        self.seq[tid] += 1
+        self.cpu_seq[cpu] += 1
+        return self.say("thread_running", tid, cpu)
+
+    def leave(self, tid):
+        self.seq[tid] += 1
+        return self.say("thread_blocked", tid)
 
     def answer(self, decision, outcome=Outcome.COMMITTED):
         o = np.zeros(1, OUTCOME)
@@ -224,6 +233,57 @@ def test_a_thread_that_left_while_the_policy_held_it_is_dropped_and_the_next_one
     host.say("thread_dead", 1)
     assert placed(host.block(9, 0).batch()) == [(2, 0)]
     assert host.runtime["dropped"] == 1
+
+
+def test_a_thread_that_the_host_ran_undecided_runs_for_the_policy_too(make):
+    host = Host(make("def thread_running(self, msg, txns):\n    sched.set_timer(txns, msg.cpu, msg.time_ns + 500)\n"), cpus=1)
+    host.wake(1).run_undecided(1, 0)
+    assert len(host.batch()) == 0
+    assert host.runtime["cpu"][0]["running"] == 1
+    assert host.runtime["cpu"][0]["timer_ns"] > 0
+    assert placed(host.wake(2).batch()) == []
+    assert placed(host.block(1, 0).batch()) == [(2, 0)]
+
+
+def test_a_decision_that_the_host_overtook_brings_nothing_back(make):
+    host = Host(make(), cpus=1)
+    [decision] = host.wake(1).batch()
+    host.run_undecided(1, 0).answer(decision, Outcome.STALE)
+    assert len(host.batch()) == 0
+    assert host.runtime["redelivered"] == 0
+
+
+def test_a_thread_that_comes_back_while_the_policy_still_has_it_loses_its_place_from_before(fifo):
+    host = Host(fifo, cpus=1)
+    host.run(9, 0).wake(1, 2, 3)
+    host.batch()
+    host.block(9, 0, idle=False).run_undecided(1, 0).block(1, 0, idle=False).run_undecided(2, 0).wake(1)
+    host.batch()
+    assert placed(host.block(2, 0).batch()) == [(3, 0)]
+    assert host.runtime["dropped"] == 2
+    assert host.runtime["void"] == 0
+
+
+def test_once_nothing_waits_the_policy_is_asked_for_those_that_have_left(make):
+    host = Host(make(), cpus=1)
+    for _ in range(3):
+        host.wake(1).run_undecided(1, 0).block(1, 0, idle=False)
+        assert len(host.batch()) == 0
+    assert host.state("runq")["head"] == host.state("runq")["tail"]
+    assert host.runtime["void"] == 0
+
+
+def test_a_thread_has_at_most_a_few_places_at_once(make):
+    host = Host(make(), cpus=1)
+    host.run(9, 0).wake(2)
+    for _ in range(10):
+        host.wake(1)
+        host.batch()
+        host.leave(1)
+    assert host.state("runq")["tail"] - host.state("runq")["head"] == 1 + MOST_VOID
+    assert placed(host.wake(1).block(9, 0).batch()) == [(2, 0)]
+    host.leave(2)
+    assert placed(host.say("cpu_idle", cpu=0).batch()) == [(1, 0)]
 
 
 def test_what_is_prestaged_waits_behind_a_busy_cpu_without_a_doorbell(fifo):
