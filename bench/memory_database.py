@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from waveos.host.memory.mechanism import find_runs
 from waveos.host.memory.procfs import Process
+from waveos.host.memory.referenced import find_runs
 
 VALUE_BYTES = 1_000
 BLOCK_BYTES = 4_096

@@ -22,7 +22,7 @@ class MemoryCgroup:
         names = (("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.high", "memory.current"))
         for limit, usage in names:
             if (self.path / limit).exists():
-                self._limit, self._usage = self.path / limit, self.path / usage
+                self._limit, self._usage, self._reclaim = self.path / limit, self.path / usage, self.path / "memory.reclaim"
                 break
         else:
             raise ConfigError(f"{self.path} is no cgroup of the memory controller: it has neither memory.limit_in_bytes nor memory.high")
@@ -49,18 +49,33 @@ class MemoryCgroup:
             raise ConfigError(f"{self._limit} cannot be read: {error}") from error
 
     def set_limit(self, limit_bytes: int) -> int:
-        """Limit it, never above what the operator gave; 0: as the operator had it. Returns the limit. Raises OSError (EBUSY: it cannot shrink so far)."""
+        """Limit it, never above what the operator gave; 0: as the operator had it. Returns the limit. Raises OSError (EBUSY: it cannot shrink so far).
+
+        Where there is `memory.reclaim` it is brought down by that first: above `memory.high` its tasks would be slowed, as if they had asked for too much.
+        """
+        self._notice_operator()
         wanted = min(limit_bytes or self.given, self.given)
         if wanted >= self.given:
             self.restore()
             return self.given
         if not self._noted:
             self._noted = changes.note_file(self._journal, self._limit)
+        if self._reclaim.exists() and (over := self.usage_bytes() - wanted) > 0:
+            with contextlib.suppress(OSError):  # EAGAIN: it could not reclaim all of it
+                self._reclaim.write_text(str(over))
         self._limit.write_text(str(wanted))
-        self.now = wanted
+        self.now = self.limit_bytes()  # whole pages
         return wanted
 
     def restore(self) -> list[str]:
-        """The limit as it was; lines about what could not be."""
+        """The limit as it was, or as the operator has set it meanwhile; lines about what could not be."""
+        with contextlib.suppress(ConfigError):
+            self._notice_operator()
         number, self._noted, self.now = self._noted, 0, self.given
         return self._journal.undo(number) if number else []
+
+    def _notice_operator(self) -> None:
+        """A limit that is not what we have set is the operator's new one: it counts from now on, and is not put back."""
+        if (found := self.limit_bytes()) != self.now:
+            self._journal.settle(self._noted)
+            self._noted, self.given, self.now = 0, found, found

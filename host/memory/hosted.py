@@ -13,8 +13,10 @@ from waveos.handover import Message
 from waveos.host.enclave import find_cgroup
 from waveos.host.memory.advise import Advisor
 from waveos.host.memory.cgroup import MemoryCgroup
+from waveos.host.memory.damon import Damon
 from waveos.host.memory.faults import Faults
 from waveos.host.memory.mechanism import SEND_AT_ONCE, MemoryMechanism
+from waveos.host.memory.referenced import Referenced
 from waveos.host.restore import Entry, Journal, kind
 from waveos.host.rings import Rings
 from waveos.host.settings import Settings
@@ -86,7 +88,16 @@ def make(told: Settings, enclave: Members, journal: Journal, say: Callable[[str]
         if name not in SETTINGS:
             raise ConfigError(f"memory has no setting {name!r}{nearest(name, SETTINGS)}; it has: {', '.join(SETTINGS)}")
     journal.note("cgroup", __name__, what=os.fspath(enclave.path))
-    return Driver(MemoryCgroup(enclave.path, journal), {**SETTINGS, **told.settings}, say)
+    settings = {**SETTINGS, **told.settings}
+    return Driver(MemoryCgroup(enclave.path, journal), settings, _find_sensor(int(settings["batch_kib"]) << 10, journal, say), say)
+
+
+def _find_sensor(batch_bytes: int, journal: Journal, say: Callable[[str], None]) -> Damon | Referenced:
+    try:
+        return Damon(batch_bytes, journal)
+    except ConfigError as error:
+        say(f"{error}: accesses are seen by mapping, so only what is split into mappings of {batch_bytes >> 10} KiB is managed")
+        return Referenced(batch_bytes)
 
 
 class Driver:
@@ -97,10 +108,10 @@ class Driver:
     capabilities = ("CAP_SYS_PTRACE",)
     """Beside hostd's own: other processes' access bits, and advice for them."""
 
-    def __init__(self, cgroup: MemoryCgroup, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, cgroup: MemoryCgroup, settings: dict[str, Any], sensor: Damon | Referenced, say: Callable[[str], None]) -> None:
         self._say = say
         self._silent_ns = int(settings.pop("silent_s") * 1e9)
-        self.mechanism = MemoryMechanism(cgroup, advisor=Advisor, faults=self._watch_faults(), say=say, **settings)
+        self.mechanism = MemoryMechanism(cgroup, advisor=Advisor, sensor=sensor, faults=self._watch_faults(), say=say, **settings)
         self._rings = Rings(SUBSYSTEM)
         self.queues = self._rings.queues
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # plain agents do not ring it

@@ -1,9 +1,8 @@
 """The mechanism of memory on this machine's own kernel: what it sees goes to the agent as messages, what the agent decides is done, within the enclave.
 
-Sensor: `clear_refs` and the referenced bytes of each mapping in `smaps`. The kernel clears the bits of a whole process at once and has one count a mapping,
-so a server that wants to be managed splits its arena into mappings of one batch each; a run of such mappings is a region. A pass costs a walk over all
+Sensor: `damon`, or `referenced` where the kernel has none; what it sees of a process is runs of batches, and a run is a region. A look costs a walk over all
 pages, so there is at most one in `pass_ms`, and what was touched is kept for the batches that nobody has asked about. A batch that was reclaimed and faults
-(`faults`, where BPF is to be had), or is referenced, has come back. Actuator: `process_madvise`, and the cgroup's limit.
+(`faults`, where BPF is to be had), or is touched, has come back. Actuator: `process_madvise`, and the cgroup's limit.
 
 Links and processes are given to it: nothing here needs numba, and a made-up /proc does for tests.
 """
@@ -17,9 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from waveos.errors import ConfigError
 from waveos.host.memory.advise import PAGEOUT, WILLNEED
 from waveos.host.memory.cgroup import MemoryCgroup
-from waveos.host.memory.procfs import ROOT, Mappings, Process, stall_us, swap_free_kib
+from waveos.host.memory.procfs import ROOT, Process, stall_us, swap_free_kib
+from waveos.host.memory.referenced import Referenced, Seen
 from waveos.memory.records import DECISION_TYPES, GROUP, MESSAGE, OUTCOME, SUBSYSTEM, Decision, Message
 from waveos.outcome import Outcome
 from waveos.record import VERSION
@@ -39,8 +40,18 @@ class Advises(Protocol):
     def close(self) -> None: ...
 
 
+class Sensor(Protocol):
+    """What the mechanism asks of `referenced.Referenced` and `damon.Damon`."""
+
+    def follow(self, processes: Any) -> None: ...
+
+    def look(self, process: Process) -> list[Seen]: ...
+
+    def close(self) -> None: ...
+
+
 class Region:
-    """A run of adjacent mappings of one batch each, in one process."""
+    """A run of adjacent batches in one process."""
 
     def __init__(self, number: int, process: Process, start: int, count: int, batch_bytes: int) -> None:
         self.number, self.process, self.start, self.count, self.batch_bytes = number, process, start, count, batch_bytes
@@ -53,6 +64,7 @@ class Region:
         self.touched = np.zeros(self.padded, bool)  # since that was last told
         self.asked = np.zeros(self.padded, bool)
         self.reclaimed = np.zeros(self.padded, bool)
+        self.known = False  # whether the last look told what was touched
 
     def ranges(self, batches: Any) -> list[tuple[int, int]]:
         """(address, bytes) of these batches, one each."""
@@ -77,6 +89,7 @@ class MemoryMechanism:
         stall_share: float = 0.0,
         root: Path = ROOT,
         advisor: Callable[[int], Advises],
+        sensor: Sensor | None = None,
         faults: Any = None,
         say: Callable[[str], None] = print,
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -84,6 +97,7 @@ class MemoryMechanism:
         self.cgroup, self.batch_bytes, self.pass_ns = cgroup, batch_kib << 10, int(pass_ms * 1e6)
         self.quota_mib_per_s, self.stall_share = quota_mib_per_s, stall_share
         self.root, self._advisor_of, self._faults, self._say, self._clock_ns = root, advisor, faults, say, clock_ns
+        self._sensor = sensor or Referenced(self.batch_bytes)
         self.processes: dict[int, Process] = {}
         self.advisors: dict[int, Advises] = {}
         self.regions: dict[int, Region] = {}
@@ -156,16 +170,20 @@ class MemoryMechanism:
     def _pass(self) -> None:
         self.passes += 1
         self._meet()
+        try:
+            self._sensor.follow(self.processes.values())
+        except ConfigError as error:
+            self._once(f"{error}: until it can, nothing is known of what is accessed")
+            return
         for process in list(self.processes.values()):
             try:
-                mappings = process.mappings()
-                process.clear_referenced()
+                seen = self._sensor.look(process)
             except (ProcessLookupError, OSError) as error:
                 if process.alive():
                     self._once(f"process {process.pid} cannot be looked into ({error}): it is left alone")
                 self._forget(process)
                 continue
-            self._follow(process, mappings)
+            self._follow(process, seen)
         for region in self.regions.values():
             self._tell(region)
 
@@ -197,34 +215,34 @@ class MemoryMechanism:
         if self._faults is not None:
             self._faults.forget(region.number)
 
-    def _follow(self, process: Process, mappings: Mappings) -> None:
-        """Match regions with what is mapped now; take over what was counted."""
-        runs = find_runs(mappings, self.batch_bytes)
+    def _follow(self, process: Process, seen: list[Seen]) -> None:
+        """Match regions with what is seen now; take over what was counted."""
+        runs = {each.start: each for each in seen}
         known = {region.start: region for region in self.regions.values() if region.process is process}
         for start, region in known.items():
-            if start not in runs or runs[start][1] != region.count:  # unmapped, split, grown, or another program's
+            if start not in runs or len(runs[start].rss) != region.count:  # unmapped, split, grown, or another program's
                 self._unmap(region)
-        for start, (first, count) in runs.items():
+        for start, each in runs.items():
             region = known.get(start)  # type: ignore[assignment]
             if region is None or region.number not in self.regions:
-                region = Region(self._next, process, start, count, self.batch_bytes)
+                region = Region(self._next, process, start, len(each.rss), self.batch_bytes)
                 self._next += 1
                 self.regions[region.number] = region
                 if self._faults is not None:
-                    self._faults.watch(region.number, process.pid, start, count, self.batch_bytes)
+                    self._faults.watch(region.number, process.pid, start, region.count, self.batch_bytes)
                 self._introduce(region)
-            self._count(region, mappings, slice(first, first + count))
+            self._count(region, each)
 
-    def _count(self, region: Region, mappings: Mappings, rows: slice) -> None:
+    def _count(self, region: Region, seen: Seen) -> None:
         """What one pass says of a region."""
         n = region.count
-        swap = mappings.swap[rows]
-        touched = mappings.referenced[rows] > 0
-        back = region.reclaimed[:n] & touched
-        region.rss[:n], region.touched[:n] = mappings.rss[rows], region.touched[:n] | touched
+        touched = np.zeros(n, bool) if seen.touched is None else seen.touched
+        back = region.reclaimed[:n] & touched & (seen.rss > 0)
+        region.rss[:n], region.touched[:n] = seen.rss, region.touched[:n] | touched
+        region.known = seen.touched is not None
         if back.any():
-            self._came_back(region, back, int(np.maximum(0, region.swap[:n] - swap)[back].sum()) // 4)
-        region.swap[:n] = swap
+            self._came_back(region, back, int(np.maximum(0, region.swap[:n] - seen.swap)[back].sum()) // 4)
+        region.swap[:n] = seen.swap
 
     def _look_at_faults(self, region: Region) -> None:
         """What has come back by the kernel's own account: sooner than a pass sees it."""
@@ -242,7 +260,7 @@ class MemoryMechanism:
 
     def _tell(self, region: Region) -> None:
         """Access bits of the batches that were asked about."""
-        if not region.asked.any():
+        if not region.known or not region.asked.any():
             return
         told = self._named(Message.ACCESSED, region, region.asked[: region.count])
         groups = told["first"] // GROUP
@@ -367,6 +385,7 @@ class MemoryMechanism:
         for advisor in self.advisors.values():
             advisor.close()
         self.advisors.clear()
+        self._sensor.close()
         if self._faults is not None:
             self._faults.close()
 
@@ -392,21 +411,6 @@ class MemoryMechanism:
         if line not in self._told:
             self._told.add(line)
             self._say(line)
-
-
-def find_runs(mappings: Mappings, batch_bytes: int) -> dict[int, tuple[int, int]]:
-    """Runs of two or more adjacent mappings of exactly one batch: (first row, mappings) by address."""
-    fits = mappings.end - mappings.start == batch_bytes
-    runs: dict[int, tuple[int, int]] = {}
-    row = 0
-    while row < len(fits):
-        end = row
-        while end < len(fits) and fits[end] and (end == row or mappings.start[end] == mappings.end[end - 1]):
-            end += 1
-        if end - row > 1:
-            runs[int(mappings.start[row])] = (row, end - row)
-        row = max(end, row + 1)
-    return runs
 
 
 def words(flags: Any) -> Any:

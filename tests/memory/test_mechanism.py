@@ -10,8 +10,9 @@ import pytest
 from waveos.errors import ConfigError
 from waveos.host.memory.advise import PAGEOUT, WILLNEED
 from waveos.host.memory.cgroup import MemoryCgroup
-from waveos.host.memory.mechanism import MemoryMechanism, find_runs
+from waveos.host.memory.mechanism import MemoryMechanism
 from waveos.host.memory.procfs import parse
+from waveos.host.memory.referenced import find_runs
 from waveos.host.restore import Journal, read, restore
 from waveos.memory import DECISION, MESSAGE, OUTCOME, SUBSYSTEM, Decision, Message
 from waveos.outcome import Outcome
@@ -430,3 +431,46 @@ def test_messages_are_of_the_contract(host):
     told = host.pass_by()
     assert told.dtype == MESSAGE
     assert set(told["subsystem"].tolist()) == {SUBSYSTEM}
+
+
+# What the operator does meanwhile
+
+
+def test_a_limit_that_the_operator_sets_meanwhile_counts_and_is_not_put_back(host):
+    host.pass_by()
+    host.order(Decision.LIMIT, region=-1, quota=200 << 20)
+    host.cgroup("memory.limit_in_bytes", f"{220 << 20}\n")
+    host.order(Decision.LIMIT, region=-1, quota=300 << 20)
+    assert int(host.cgroup("memory.limit_in_bytes")) == 220 << 20
+    host.order(Decision.LIMIT, region=-1, quota=210 << 20)
+    assert int(host.cgroup("memory.limit_in_bytes")) == 210 << 20
+    host.cgroup("memory.limit_in_bytes", f"{400 << 20}\n")
+    host.mechanism.agent_gone()
+    assert int(host.cgroup("memory.limit_in_bytes")) == 400 << 20
+    assert host.journal.entries == []
+
+
+def test_a_process_that_runs_another_program_is_another_region(host):
+    host.pass_by()
+    host.start += 1 << 30  # exec: the same process, other mappings
+    host.draw()
+    told = host.pass_by()
+    assert told["type"].tolist()[:2] == [Message.REGION_UNMAPPED, Message.REGION_MAPPED]
+    assert host.order(Decision.RECLAIM, region=0) == Outcome.TARGET_GONE
+    assert host.order(Decision.RECLAIM, region=1) == Outcome.COMMITTED
+
+
+def test_version_2_is_brought_down_by_reclaim_before_the_limit_is_set(tmp_path):
+    host = Host(tmp_path)
+    for name in ("memory.limit_in_bytes", "memory.usage_in_bytes"):
+        (host.group / name).unlink()
+    host.cgroup("memory.high", "max\n")
+    host.cgroup("memory.current", f"{300 << 20}\n")
+    host.cgroup("memory.reclaim", "")
+    host.mechanism = host.new_mechanism()
+    host.pass_by()
+    assert host.order(Decision.LIMIT, region=-1, quota=200 << 20) == Outcome.COMMITTED
+    assert host.cgroup("memory.reclaim") == str(100 << 20)
+    assert host.cgroup("memory.high") == str(200 << 20)
+    host.mechanism.close()
+    host.journal.close()
