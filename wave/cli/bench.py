@@ -98,7 +98,7 @@ def _parse(name: str, arguments: list[str], defaults: dict[str, Any]) -> dict[st
         if not flag.startswith("--") or key not in defaults:
             known = ", ".join(f"--{each.replace('_', '-')}" for each in defaults) or "none"
             raise ConfigError(f"bench {name!r} has no option {flag}{nearest(key, defaults)}; it has: {known}")
-        if isinstance(defaults[key], bool) and not found:
+        if isinstance(defaults[key], bool) and not found and not (rest and rest[0].lower() in ("true", "false")):
             options[key] = True
             continue
         if not found:
