@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.handover import Message
 from waveos.host.net import topology
 from waveos.host.net.ports import RING_SIZE, Ports
@@ -154,9 +154,13 @@ class Driver:
             self._silent = silent
 
     def agent_here(self, _generation: int) -> None:
-        """A new agent is about to serve: ports that nobody has served."""
+        """A new agent is about to serve: ports that nobody has served. Raises LinkError, which shows the agent out, if they cannot be had."""
         self.agent_gone()
-        self._ports = self.open()
+        try:
+            self._ports = self.open()
+        except WaveError as error:  # say, that the agent holds on to the sockets that it had
+            self._say(str(error))
+            raise LinkError(str(error)) from error
         self._ports.mark_gone(self._gone)
 
     def hand_over(self) -> tuple[Message, list[int]]:
@@ -167,15 +171,18 @@ class Driver:
     def agent_gone(self) -> None:
         """Nobody serves: both interfaces are the kernel's."""
         if self._ports is not None:
-            self._past = {key: value for key, value in self.counters().items() if key not in ("silences", "workers_gone")}
+            self._past = self._packets()
             self._ports.close()
         self._ports, self._silent = None, False
 
     def counters(self) -> dict[str, Any]:
         """What has become of packets so far, under all agents."""
+        serving = self._ports is not None and self._ports.heartbeat_ns > 0 and not self._silent
+        return {"serving": serving, "silences": self._silences, "workers_gone": len(self._gone), **self._packets()}
+
+    def _packets(self) -> dict[str, int]:
         now = self._ports.counters() if self._ports is not None else {}
-        found = {name: self._past.get(name, 0) + now.get(name, 0) for name in {**self._past, **now}}
-        return found | {"silences": self._silences, "workers_gone": len(self._gone)}
+        return {name: self._past.get(name, 0) + now.get(name, 0) for name in {**self._past, **now}}
 
     def close(self) -> None:
         """Everything as it was. Twice does no harm."""

@@ -127,14 +127,16 @@ class XskLink:
             raise
 
     def renew(self, about: Message) -> None:
-        """Say that the policy is ready, and take the ports: at first, and again for another policy, when they are new ones. Raises LinkError."""
+        """Say that the policy is ready, and take the ports: at first, and again for another policy, when they are new ones: a queue has one socket, so the old
+        ones go first. Raises LinkError.
+        """
+        self._leave()
         tell(self._line, {"ready": about})
         told, fds = self._answer("attached")
         if len(fds) != DESCRIPTORS:
             for fd in fds:
                 os.close(fd)
             raise LinkError(f"{self.url}: the host handed over {len(fds)} descriptors, not {DESCRIPTORS}; install the same waveos for both")
-        self._leave()
         self.client = Port.attach(told["client"].encode(), fds[:3])
         self.host = Port.attach(told["host"].encode(), fds[3:], share=self.client)
         self.forwarder = self._new_forwarder()
