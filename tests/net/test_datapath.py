@@ -51,10 +51,10 @@ def plan(rate: float, seconds: float, seed: int = 1) -> Any:
     return draw_plan(rate, seconds, 0.1, flows=64, slo_us=(2_000, 20_000), seed=seed)
 
 
-def serving(network: Any, policy: str, *arguments: str) -> Any:
+def serving(network: Any, policy: str, *arguments: str, ring_size: int = 2_048) -> Any:
     from waveos.host.net.datapath import Datapath
 
-    path = Datapath(network, port=PORT, workers=WORKERS)
+    path = Datapath(network, port=PORT, workers=WORKERS, ring_size=ring_size)
     try:
         path.start_agent(policy, *arguments)
         wait_for(lambda: path.serving or path.agent_gone)
@@ -258,6 +258,69 @@ def test_strange_packets_are_dropped_and_counted_and_requests_go_on(world: Any) 
                 plain.sendto(b"flood", (network.host.address, PORT + 100))
         assert client.run(plan(200, 0.2), patience_s=PATIENCE_S).unanswered == 0
         assert not path.agent_gone
+        # Seven come whole and are no requests: another version, kind, magic, and too short or with nothing in it; larger ones come in fragments.
+        wait_for(lambda: path.counters.get("malformed") == 3 + 4 and path.counters.get("unknown_class") == 1)
+        assert path.ports.client.redirect.counters()["fragments"] > 0, "the kernel's"
+        assert path.ports.client.redirect.counters()["passed"] >= 1_000, "the flood was none of its business"
+
+
+HOARD = """
+from waveos import net
+from waveos.policy import Policy
+
+class Hoard(Policy, subsystem=net, name="hoard"):
+    def request_arrived(self, msg, txns):
+        pass
+"""
+
+
+def test_when_all_packet_memory_is_held_requests_are_refused_and_the_agent_goes_on(world: Any, tmp_path: Path) -> None:
+    network, client = world
+    (tmp_path / "hoard.py").write_text(HOARD)
+    with serving(network, str(tmp_path / "hoard.py"), "--nap-us", "50", ring_size=64) as path:
+        answered = client.run(plan(1_000, 0.5), patience_s=1.0)
+        refused = int(np.sum(answered.plan["status"] == 1))
+        assert refused > 0 and not path.agent_gone
+        assert answered.unanswered + refused == len(answered.plan)
+        assert answered.unanswered <= 4 * 64, "what the packet memory holds"
+        wait_for(lambda: path.counters.get("no_slot") == refused)
+
+
+NOTES_LINK = """
+from waveos import net
+from waveos.policy import Policy
+
+class Notes(Policy, subsystem=net, name="notes"):
+    def request_arrived(self, msg, txns):
+        net.steer(txns, request=msg.request, worker=0)
+
+    def link_down(self, msg, txns):
+        for i in range(64):
+            net.set_entry(txns, index=i, worker=msg.worker + 1)
+
+    def link_up(self, msg, txns):
+        for i in range(64):
+            net.set_entry(txns, index=i, worker=msg.worker + 2)
+"""
+
+
+def test_a_wire_that_is_cut_is_told_of_and_requests_go_on_when_it_is_whole_again(world: Any, tmp_path: Path) -> None:
+    from pyroute2 import NetNS
+
+    network, client = world
+    (tmp_path / "notes.py").write_text(NOTES_LINK)
+    with serving(network, str(tmp_path / "notes.py"), "--nap-us", "50") as path, NetNS(network.ipu) as ns:
+        index = ns.link_lookup(ifname="host")[0]
+        ns.link("set", index=index, state="down")
+        try:
+            client.run(plan(300, 0.3), patience_s=0.5)
+            wait_for(lambda: path.counters.get("cuts") == 1)
+        finally:
+            ns.link("set", index=index, state="up")
+        wait_for(lambda: client.run(plan(300, 0.2), patience_s=1.0).unanswered == 0)
+        assert not path.agent_gone
+        answered = client.run(plan(300, 0.5), patience_s=PATIENCE_S)
+        assert {0, 3} == set(answered.plan["worker"].tolist()), "the policy heard that the host's wire (1) was cut and is whole"
 
 
 def test_a_second_agent_is_told_that_the_ports_are_taken(world: Any) -> None:

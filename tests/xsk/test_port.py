@@ -93,6 +93,35 @@ def test_a_frame_sent_through_the_port_arrives_and_comes_back_free(net: Any) -> 
         assert len(port.frames) == free + 1
 
 
+def test_a_packet_larger_than_a_frame_is_dropped_and_counted_and_the_next_one_comes(net: Any) -> None:
+    from pyroute2 import NetNS
+
+    ends = [(net.client.namespace, "eth0"), (net.ipu, "client")]
+
+    def set_mtu(mtu: int) -> None:
+        for namespace, interface in ends:
+            with NetNS(namespace) as ns:
+                ns.link("set", index=ns.link_lookup(ifname=interface)[0], mtu=mtu)
+
+    set_mtu(3_000)
+    try:
+        with served(net) as port:
+            send_raw(net, udp_packet(net, b"x" * 2_500), udp_packet(net, b"small"))
+            assert take(port, 1)[0].endswith(b"small")
+            assert port.xsk.statistics()["rx_dropped"] >= 1
+    finally:
+        set_mtu(1_500)
+
+
+def test_a_flood_on_another_port_goes_past_the_socket(net: Any) -> None:
+    with served(net) as port, listening(net, PORT + 1) as other:
+        send_raw(net, *[udp_packet(net, b"flood", port=PORT + 1)] * 2_000, udp_packet(net, b"mine"))
+        assert take(port, 1)[0].endswith(b"mine")
+        assert port.redirect and port.redirect.counters()["passed"] >= 2_000
+        assert other.recv(100) == b"flood", "its owner has it"
+        assert port.redirect.counters()["redirected"] == 1
+
+
 def test_fragments_go_to_the_kernel_which_puts_them_together(net: Any) -> None:
     with served(net) as port, listening(net) as plain:
         with inside(net.client.namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
