@@ -177,7 +177,12 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
     def kv_lost(self, msg, txns):
         here = self.here[msg.instance]
         here.cache_seq = msg.cache_seq
+        if msg.tier == serving.Tier.HOST:
+            here.host_free = msg.free
         if node := here.tree.nodes.get(msg.key):
+            if msg.tier == serving.Tier.HOST and node.writing:  # a copy that was cut off
+                node.writing = False
+                here.tree.unlock(node, node.last)
             here.tree.forget(node, device=msg.tier == serving.Tier.DEVICE, host=msg.tier == serving.Tier.HOST)
 
     def rank_failed(self, msg, txns):

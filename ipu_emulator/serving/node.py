@@ -45,6 +45,12 @@ class Clock:
             action(*arguments)
         return True
 
+    def run_until(self, when_ns: int) -> None:
+        """Do everything that is due by then."""
+        while self._events and self._events[0][0] <= when_ns:
+            self.step()
+        self.now_ns = max(self.now_ns, when_ns)
+
 
 class Wire:
     """One direction of a wire: transfers take it in turn, so that they wait for one another and none is lost."""
@@ -174,10 +180,39 @@ class Node:
         else:
             self._next(executor)
 
+    def free(self, instance: int, block: Block, tier: Tier) -> None:
+        """Nothing to do: only amounts are kept here, and the mechanism keeps them."""
+
     def drop(self, request: Request) -> None:
-        """A request that decodes is left by its client: it ends with the present iteration."""
+        """A request is left by its client: if it decodes, it ends with the present iteration."""
         executor = self.executors[request.instance]
+        if request.state != "decoding":
+            return
         executor.gone.add(id(request))
+        if executor.steps:
+            executor.steps = min(executor.steps, self._steps_by(executor, self.clock.now_ns))
+            self._schedule(executor)
+        else:
+            self._shed(executor)
+
+    def _shed(self, executor: Executor) -> None:
+        """Requests whose clients left take part no more."""
+        for end, _, request in [each for each in executor.ends if id(each[2]) in executor.gone]:
+            self._leave(executor, request, request.prompt + request.outputs - 1 - (end - executor.iteration))
+        executor.ends = [each for each in executor.ends if id(each[2]) not in executor.gone]
+        heapq.heapify(executor.ends)
+        executor.gone.clear()
+
+    def generated(self, request: Request) -> int:
+        """Tokens that a request which decodes has by now."""
+        executor = self.executors[request.instance]
+        for end, _, each in executor.ends:
+            if each is request:
+                steps = 0
+                if executor.steps and executor.begin_ns < self.clock.now_ns:
+                    steps = self._steps_by(executor, self.clock.now_ns + 1) - 1
+                return request.outputs - (end - executor.iteration) + steps
+        return 0
 
     def place(self, instance: int, placement: Placement) -> None:
         """Deal the heads anew. Only an idle instance can be placed: a model of what a restart does."""
@@ -421,12 +456,11 @@ class Node:
         executor.iteration += steps
         executor.decoded += steps * executor.decoding
         executor.kv_tokens += steps * executor.decoding
+        if executor.gone:
+            self._shed(executor)
         while executor.ends and executor.ends[0][0] <= executor.iteration:
             _, _, request = heapq.heappop(executor.ends)
             self._leave(executor, request, request.prompt + request.outputs - 1)
-            if id(request) in executor.gone:
-                executor.gone.discard(id(request))
-                continue
             self.mechanism.request_done(request)
             self.on_done(request, self.clock.now_ns)
 

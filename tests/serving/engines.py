@@ -14,13 +14,16 @@ class Hand:
     """An `Engine` moved by hand."""
 
     def __init__(self):
-        self.transfers, self.batches, self.dropped, self.placed, self.recovered = [], [], [], [], []
+        self.transfers, self.batches, self.dropped, self.placed, self.recovered, self.freed = [], [], [], [], [], []
 
     def move(self, transfer):
         self.transfers.append(transfer)
 
     def stop(self, transfer):
         self.stopped = transfer
+
+    def free(self, instance, block, tier):
+        self.freed.append((block.id, tier))
 
     def run(self, batch):
         self.batches.append(batch)

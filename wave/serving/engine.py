@@ -96,8 +96,11 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> None:
         """Run the batch after the one that runs now, with its layers as their loads arrive."""
 
+    def free(self, instance: int, block: Block, tier: Tier) -> None:
+        """The block is held in that tier no more: its place may be used again."""
+
     def drop(self, request: Request) -> None:
-        """Forget a request that decodes: its client left."""
+        """Forget a request that decodes, or of whose prompt a part is computed: its client left."""
 
     def place(self, instance: int, placement: Placement) -> None:
         """Deal the KV heads anew."""

@@ -57,6 +57,7 @@ class Instance:
     running: Batch | None = None
     heads: int = 0  # of keys and values
     alive: bool = True  # False from the loss of a rank until it is recovered
+    living: int = 0  # ranks that could be used, from the loss of one until it is recovered
     asked: bool = False  # a batch is wanted, and nothing has changed since that was said
 
 
@@ -119,7 +120,7 @@ class Mechanism:
             request.state = "gone"  # let go when its batch ends
             request.seq += 1
             return
-        if request.state == "decoding":
+        if request.computed:
             self.engine.drop(request)
         self._forget(instance, request)
         self._say(Message.REQUEST_GONE, request=number, seq=request.seq + 1, instance=instance.number, free=instance.free[DEVICE])
@@ -185,6 +186,15 @@ class Mechanism:
             block.readers -= transfer.source is Tier.HOST
             instance.free[int(transfer.target)] += block.tokens
 
+    def transfer_failed(self, transfer: Transfer) -> None:
+        """A copy to a lower tier was cut off, because what it read is lost."""
+        instance, target = self.instances[transfer.instance], int(transfer.target)
+        keys = [block.id for block in transfer.blocks]
+        self.give_back(transfer, list(transfer.blocks))
+        transfer.done = True
+        for key in keys:
+            self._say(Message.KV_LOST, instance=instance.number, key=key, cache_seq=instance.cache_seq, tier=target, free=instance.free[target])
+
     def lose(self, number: int, blocks: Sequence[int], tier: Tier) -> None:
         """Blocks left a tier and no decision asked for it. What was decided before is stale."""
         instance = self.instances[number]
@@ -199,6 +209,7 @@ class Mechanism:
         """A GPU of the instance is gone, and a share of all KV on the device with it: every decision made before is stale."""
         instance = self.instances[number]
         instance.cache_seq += 1
+        instance.living = alive
         self._say(Message.RANK_FAILED, instance=number, rank=rank, count=alive, cache_seq=instance.cache_seq)
         self.halted(number)
 
@@ -272,6 +283,7 @@ class Mechanism:
         """Tell a new agent everything: RESYNC, then the whole state."""
         self._open, self._out = [], []
         self._say(Message.RESYNC)
+        broken: list[Instance] = []
         for instance in self.instances.values():
             free, instance.asked = instance.free[DEVICE], False
             self._say(
@@ -287,6 +299,8 @@ class Mechanism:
                 self._say_held(instance, key)
             for tier in (DEVICE, HOST):
                 self._say(Message.MEMORY_LEVEL, instance=instance.number, tier=tier, free=free if tier == DEVICE else instance.free[HOST])
+            if not instance.alive:
+                broken.append(instance)
         for request in self.requests.values():
             told = _context(request.number, self.now_ns, request.blocks, request.sizes)
             number, seq, at = request.number, request.seq, request.instance
@@ -304,6 +318,8 @@ class Mechanism:
             self._out.append(told)
             if request.computed and not begun:
                 self._say(Message.REQUEST_RETURNED, request=number, seq=seq, instance=at, tokens=request.computed)
+        for instance in broken:
+            self._say(Message.RANK_FAILED, instance=instance.number, count=instance.living, cache_seq=instance.cache_seq)
 
     def take_messages(self) -> Records:
         """[n] MESSAGE: everything since the last call, and BATCH_WANTED for each instance that could be given one."""
@@ -578,6 +594,7 @@ class Mechanism:
     def _drop(self, instance: Instance, block: Block, tier: int) -> None:
         block.tiers &= ~tier
         instance.free[tier] += block.tokens
+        self.engine.free(instance.number, block, Tier(tier))
         if not block.tiers:
             del instance.blocks[block.id]
 
