@@ -1,6 +1,7 @@
-"""The agent of a network data path: `python -m waveos.agents.net.agent xsk://PATH [POLICY] [--param KEY=VALUE] [--core C] [--nap-us N]`.
+"""The agent of the network: `python -m waveos.agents.net.agent URL [POLICY] [--param KEY=VALUE] [--core C] [--nap-us N]`.
 
-It needs no privilege. It ends with the host, on SIGTERM or SIGINT, or with one line when the policy fails; then traffic takes the kernel's own path.
+URL is `xsk://PATH`, a data path that it serves, or `shm://NAME`, a host that steers by itself as the policy decides. It needs no privilege. It ends with the
+host, on SIGTERM or SIGINT, or with one line when the policy fails; then traffic takes the kernel's own path.
 """
 
 from __future__ import annotations
@@ -11,18 +12,55 @@ import signal
 import sys
 from typing import Any
 
+import numpy as np
+
 from waveos import net
 from waveos.agents.agentd import begin_life
 from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.link import open_link
-from waveos.net.laws import failure, make_runtime
+from waveos.net.laws import OUT, failure, feed_all, make_runtime
 from waveos.policy import load_policy
 from waveos.primitives import clock_ns
 from waveos.process import start_time
 
 SLICE_NS = 20_000_000
+AT_ONCE = 1_024
 SLICES_A_WORD = 25
 """The host is told the counters after so many."""
+
+
+def serve_queues(url: str, policy: str, params: dict[str, float], patience_s: float = 5.0) -> None:
+    """Decide over a link of queues (`shm://NAME`), for a host that has the packets itself, until it is gone. Raises PolicyError when the policy fails."""
+    link: Any = open_link(url, side="agent", subsystem=net, patience_s=patience_s)
+    try:
+        bound, runtime = _bind(policy, params, net.MAX_WORKERS)
+        out, end = np.zeros(2 * OUT, net.DECISION), np.zeros(1, net.MESSAGE)
+        end["type"], end["request"], end["worker"] = net.Message.BATCH_END, -1, -1
+        while True:
+            batch = link.poll_messages(AT_ONCE, wait_ns=SLICE_NS)
+            end["time_ns"] = clock_ns()
+            for records in (batch, end) if len(batch) else ():
+                first = 0
+                while first < len(records):
+                    first, n = feed_all(runtime, records, first, out)
+                    if runtime["failed"][0]:
+                        raise failure(runtime, bound)
+                    _send(link, out[:n])
+            if not len(batch):
+                link.check()
+    except LinkError:
+        return  # the host has closed the link, or died: nothing is left to decide
+    finally:
+        link.close()
+
+
+def _send(link: Any, decisions: Any) -> None:
+    """All of them, waiting for room. Raises LinkError once the host is gone."""
+    while len(decisions):
+        link.txn_create(min(len(decisions), AT_ONCE))[:] = decisions[:AT_ONCE]
+        fitted = link.txns_commit()
+        decisions = decisions[fitted:]
+        link.check()
 
 
 class Server:
@@ -110,7 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
         begin_life(options.core, options.nice, options.parent)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
-        Server(options.url, options.policy, dict(map(_parameter, options.param)), nap_us=int(options.nap_us)).run()
+        params = dict(map(_parameter, options.param))
+        if options.url.startswith("xsk://"):
+            Server(options.url, options.policy, params, nap_us=int(options.nap_us)).run()
+        elif options.policy is None:
+            raise ConfigError(f"name the policy that is to decide over {options.url}")
+        else:
+            serve_queues(options.url, options.policy, params)
     except (WaveError, ValueError, OSError) as error:
         print(f"net-agent: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, WaveError) else 1

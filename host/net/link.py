@@ -52,7 +52,9 @@ class Doorway:
             except OSError:
                 return
             if taken:
-                with contextlib.suppress(LinkError):
+                with contextlib.suppress(LinkError, TimeoutError):
+                    line.settimeout(1.0)
+                    hear(line)  # a line that is closed before it was read is broken off at the other side
                     tell(line, {"refused": "another agent had these ports; open new ones for a new agent", "final": True})
                 line.close()
                 continue

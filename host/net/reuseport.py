@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from waveos.errors import ConfigError
 from waveos.host.bpf import Object
-from waveos.net.records import MAX_WORKERS, OUTCOME, SUBSYSTEM, Decision, Message
+from waveos.net.records import MAX_WORKERS, OUTCOME, SUBSYSTEM, TABLE_ENTRIES, Decision, Message
 from waveos.outcome import Outcome
 from waveos.record import VERSION
 
 OBJECT = Path(__file__).with_name("reuseport.bpf.o")
-ENTRIES = 256
+ENTRIES = TABLE_ENTRIES
 KERNELS_CHOICE = 0xFFFF_FFFF
 SO_ATTACH_REUSEPORT_EBPF = 52
 
@@ -72,10 +72,18 @@ class ReuseportTable:
         index = int(decision["index"]) if kind == Decision.SET_ENTRY else int(decision["flow"]) % ENTRIES
         if not 0 <= index < ENTRIES:
             return Outcome.INVALID
-        if worker not in self._workers:
+        if worker not in self._workers and not (kind == Decision.SET_ENTRY and worker == -1):
             return Outcome.NOT_IN_ENCLAVE
-        self.set_entry(index, worker)
+        self.set_entry(index, None if worker < 0 else worker)
         return Outcome.COMMITTED
+
+    def leave(self, worker: int | None = None) -> None:
+        """The kernel chooses again: where the worker was named, or, without one, everywhere."""
+        if worker is None:
+            self._table[:] = KERNELS_CHOICE
+        else:
+            self._table[self._table == worker] = KERNELS_CHOICE
+            self._workers.discard(worker)
 
     def counters(self) -> dict[str, int]:
         """Datagrams and connections that the table steered, and those left to the kernel's choice."""

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waveos.errors import WaveError
+from waveos.host.net.reuseport import ReuseportTable
 from waveos.host.net.topology import Network, inside
 from waveos.net.records import ANSWERED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION
 
@@ -46,8 +47,11 @@ class UdpService:
         times_ns: list[npt.NDArray[np.int64]] | None = None,
         database: Path | None = None,
         nice: int = 0,
+        table: ReuseportTable | None = None,
     ) -> None:
+        """`table`: by which the kernel picks a worker on the shared port; `shared` has their sockets on it then, to be closed with a worker that ends."""
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.shared: list[socket.socket] = []
         fds = []
         if times_ns is not None:
             fds = [os.memfd_create("waveos-times") for _ in times_ns]
@@ -57,8 +61,12 @@ class UdpService:
             for number in range(workers):
                 command = [sys.executable, "-P", "-m", "waveos.host.net.service", network.host.address, str(port), str(number), "--nice", str(nice)]
                 command += ["--times", ",".join(map(str, fds))] if fds else ["--database", str(database)]
-                with inside(network.host.namespace):
-                    self._processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=fds))
+                with inside(network.host.namespace), _shared_socket(network.host.address, port) as shared:
+                    command += ["--shared", str(shared.fileno())]
+                    self._processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[*fds, shared.fileno()]))
+                    if table is not None:
+                        table.join(shared, number)
+                        self.shared.append(shared.dup())
             for process in self._processes:
                 assert process.stdout is not None
                 if not select.select([process.stdout], [], [], START_S)[0] or process.stdout.readline() != b"ready\n":
@@ -77,6 +85,8 @@ class UdpService:
 
     def close(self) -> None:
         """End the workers."""
+        for shared in self.shared:
+            shared.close()
         for process in self._processes:
             process.kill()
             process.wait()
@@ -90,13 +100,21 @@ class UdpService:
         self.close()
 
 
-def serve(address: str, port: int, number: int, work: Callable[[int, int], None]) -> None:
+def _shared_socket(address: str, port: int) -> socket.socket:
+    """One of the sockets that share the service's port."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    made.bind((address, port))
+    return made
+
+
+def serve(shared: socket.socket, number: int, work: Callable[[int, int], None]) -> None:
     """One worker: take a request from either port, do its work, reply from the service's port."""
-    shared, own = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    for each, at in ((shared, port), (own, port + 1 + number)):
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        each.bind((address, at))
+    address, port = shared.getsockname()
+    own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    own.bind((address, port + 1 + number))
     poll = select.poll()
     poll.register(shared, select.POLLIN)
     poll.register(own, select.POLLIN)
@@ -142,6 +160,7 @@ def _main() -> None:
     parser.add_argument("number", type=int)
     parser.add_argument("--times", default="")
     parser.add_argument("--database", default="")
+    parser.add_argument("--shared", type=int, default=-1, help="a descriptor: the socket on the shared port")
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
     libc = ctypes.CDLL(None)
@@ -163,7 +182,8 @@ def _main() -> None:
                 else:
                     rocksdb.scan(database, rocksdb.key_for(argument % (rocksdb.ENTRIES - rocksdb.RANGE_ENTRIES)), rocksdb.RANGE_ENTRIES)
 
-        serve(options.address, options.port, options.number, work)
+        with socket.socket(fileno=options.shared) if options.shared >= 0 else _shared_socket(options.address, options.port) as shared:
+            serve(shared, options.number, work)
 
 
 if __name__ == "__main__":

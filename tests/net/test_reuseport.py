@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,57 @@ def test_a_connection_stays_with_its_worker_whatever_the_table_says_later(net: A
         table.close()
         for each in sockets:
             each.close()
+
+
+def test_a_worker_that_does_not_keep_up_loses_its_share_by_decisions_of_an_agent(net: Any) -> None:
+    """Messages and decisions cross between two processes; the kernel steers."""
+    from waveos.host.net.reuseport import KERNELS_CHOICE, ReuseportTable
+    from waveos.host.net.service import UdpService
+    from waveos.host.net.steering import TableSteering
+    from waveos.host.net.topology import inside
+    from waveos.net.records import RPC, RPC_MAGIC, RPC_VERSION
+
+    request = np.zeros(1, RPC)
+    request["magic"], request["version"] = RPC_MAGIC, RPC_VERSION
+    url, end = f"shm://test-steer-{os.getpid()}", time.monotonic() + 60
+
+    def send(flows: int) -> int:
+        """So many requests, each of a flow of its own: how many are answered at once."""
+        with inside(net.client.namespace):
+            clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(flows)]
+        for client in clients:
+            client.sendto(request.tobytes(), (net.host.address, PORT))
+        waiting, until = list(clients), time.monotonic() + 1.0
+        while waiting and time.monotonic() < until:
+            steering.turn()
+            for client in select.select(waiting, [], [], 0.005)[0]:
+                waiting.remove(client)
+        for client in clients:
+            client.close()
+        return flows - len(waiting)
+
+    table = ReuseportTable()
+    times = [np.full(4, 50_000, np.int64)]
+    with (
+        UdpService(net, port=PORT, workers=2, times_ns=times, table=table) as service,
+        TableSteering(url, table, dict(enumerate(service.shared))) as steering,
+    ):
+        command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", url, "rebalance", "--param", "difference=4"]
+        agent = subprocess.Popen(command)
+        try:
+            os.kill(service.pids[0], signal.SIGSTOP)
+            while send(64) < 64:
+                assert time.monotonic() < end and agent.poll() is None, "requests still go to the worker that does nothing"
+            assert steering.committed >= 16 and steering.refused == 0
+            agent.kill()
+            agent.wait()
+            while not np.all(table._table == KERNELS_CHOICE):
+                steering.turn()
+                assert time.monotonic() < end, "the kernel chooses once the agent is gone"
+        finally:
+            agent.kill()
+            agent.wait()
+    table.close()
 
 
 def test_a_socket_that_does_not_share_its_port_is_refused(net: Any) -> None:
