@@ -272,8 +272,10 @@ def _stop(owner: Entry) -> None:
 
 
 def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it may hold more: sockets, say
+    """The journal, and the sockets that a daemon which was killed has left beside it."""
+    for each in (path, *path.parent.glob("*.sock")):
+        each.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody keeps something else there
         path.parent.rmdir()
 
 

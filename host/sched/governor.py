@@ -168,7 +168,7 @@ class Governor:
     def tick(self) -> None:
         """Liveness, losses, numbers to be given again."""
         half = self._half
-        if half.silent_ns() > self._silent_ns:
+        if half.silent_ns() > self._silent_ns or half.abandoned:
             half.stop()
         half.keep_up()
         if half.live:

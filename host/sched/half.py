@@ -100,6 +100,7 @@ class Half:
         self.messages = bpf.section(".bss.messages").view(np.int64)
         self.txns = bpf.section(".bss.txns").view(np.int64)
         self._replay = Replay(0, THREADS)
+        self._joined = False
         self._start, self._stop, self._resync = (bpf.program(name) for name in ("start", "stop", "resync"))
         host = self.host
         host["hostd"], host["cpus"], host["enclave_cpu"], host["cpu"]["running"], host["cpu"]["stray"] = hostd, len(cpus), NOBODY, NOBODY, NOBODY
@@ -111,19 +112,26 @@ class Half:
         """An agent is attached and has not been lost."""
         return bool(self.host["live"][0])
 
+    @property
+    def abandoned(self) -> bool:
+        """The kernel's side has found the agent silent, and nobody has told it so yet."""
+        return self._joined and not self.live
+
     def start(self, generation: int) -> None:
         """Empty rings for a new agent, and the whole state in them."""
-        if self.live:
+        if self._joined:
             self.stop()
         self.messages[:] = 0
         self.txns[:] = 0
         self.txns[HEARTBEAT_AT] = time.monotonic_ns()
         self._replay.generation, self._replay.next = generation, 0
         self._start.run(self._replay)
+        self._joined = True
         self._go_on()
 
     def stop(self) -> None:
-        """The agent is gone."""
+        """The agent is gone; if it lives, it finds that its rings are no more, and comes back."""
+        self._joined = False
         self._replay.next = THREADS
         self._stop.run()
 

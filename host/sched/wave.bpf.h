@@ -597,8 +597,8 @@ static __always_inline void end(void)
 	u32 cpu;
 
 	bpf_spin_lock(&lock);
+	host.fallbacks += host.live; /* else the mechanism has seen its silence, and counted */
 	host.live = 0;
-	host.fallbacks++;
 	bpf_spin_unlock(&lock);
 	messages.header[RING_IDENTITY_AT] = 0;
 	txns.header[RING_IDENTITY_AT] = 0;

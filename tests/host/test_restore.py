@@ -68,6 +68,21 @@ def test_a_change_is_put_back_and_the_journal_is_gone(folder, tmp_path):
     assert not folder.joinpath("a").exists()
 
 
+def test_nothing_of_an_owner_that_was_killed_stays(folder):
+    dead_owner(
+        folder,
+        "a",
+        """
+import socket
+for name in ("agent", "control"):
+    socket.socket(socket.AF_UNIX).bind(str(journal.path.with_name(f"{name}.sock")))
+""",
+    )
+    assert len(list(folder.joinpath("a").iterdir())) == 3
+    assert restore.restore() == ([], [])
+    assert not folder.joinpath("a").exists()
+
+
 def test_the_newest_change_is_put_back_first(folder, tmp_path):
     limit = tmp_path / "limit"
     limit.write_text("100")

@@ -138,6 +138,10 @@ class Hand:
         """Say that the agent lives."""
         self._down.store(18, time.monotonic_ns())
 
+    def ended(self) -> bool:
+        """The host has ended these rings: an agent that still lives comes anew."""
+        return bool(ring.restarted(self._up, self._up_own))
+
     def types(self, tid: int | None = None) -> list[str]:
         """Names of the messages so far, about one thread if it is named."""
         return [Message(int(m["type"])).name for m in self.listen() if tid is None or m["tid"] == tid]

@@ -189,12 +189,19 @@ def test_when_the_agent_is_silent_the_kernel_finds_out_by_itself_and_threads_tak
         worker.run()
         hand.told(Message.THREAD_RUNNABLE, enclave.number(worker.pid))
     assert hand.outcome(hand.decide(enclave.number(workers[0].pid))) is Outcome.COMMITTED
-    enclave.mechanism._bpf.section(".data").view(np.uint64)[0] = 20_000_000  # of hostd's own watch the fixture has made a patient one
+    silent_ns = enclave.mechanism._bpf.section(".data").view(np.uint64)
+    patient_ns, silent_ns[0] = int(silent_ns[0]), 20_000_000  # hostd's own watch stays as patient as the fixture has made it
     until(lambda: enclave.mechanism.counters()["fallbacks"], "the watch in the kernel sees it")
     for _ in range(2):
         for worker in workers:
-            enclave.mechanism.tick()
+            enclave.mechanism.attend()
             runs(worker.pid)
+    assert not hand.ended()
+    enclave.mechanism.tick()
+    assert hand.ended()
+    assert enclave.mechanism.counters()["fallbacks"] == 1
+    silent_ns[0] = patient_ns
+    rules_again(enclave, workers)
 
 
 def test_after_a_longer_silence_the_kernels_default_holds_until_an_agent_comes(enclave: Any) -> None:
