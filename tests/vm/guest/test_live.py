@@ -26,21 +26,23 @@ PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
 NAP_US = "1"
 """The agent naps once it has nothing to do: QEMU gives the guest's CPUs turns of up to 100 ms, and who polls would sit its turns out."""
 POLICIES = {"fifo": ["--policy", "fifo"], "shinjuku": ["--policy", "shinjuku", "--param", "quantum_us=20000"]}
-LOADS = {
-    "hackbench": "hackbench --pipe --groups 1 --fds 3 --loops 200",
-    "stress-ng": "stress-ng --cpu 2 --cpu-ops 20 --switch 1 --switch-ops 200 --fork 1 --fork-ops 5 --timeout 100",
-}
+LOADS = (
+    "hackbench --pipe --groups 1 --fds 3 --loops 200",
+    "stress-ng --quiet --cpu 2 --cpu-ops 20 --switch 1 --switch-ops 200 --fork 1 --fork-ops 5 --timeout 100",
+)
 WORKERS = """
 import os, sys, time
 def work():
     while not os.path.exists(sys.argv[1]):
-        for _ in range(20_000):
+        for _ in range(2_000):
             pass
-        time.sleep(0.001)
-children = [os.fork() for _ in range(3)]
-if 0 in children:
-    work()
-    os._exit(0)
+        time.sleep(0.005)
+children = []
+while len(children) < 3:
+    children.append(os.fork())
+    if not children[-1]:
+        work()
+        os._exit(0)
 work()
 sys.exit(max(os.waitpid(child, 0)[1] for child in children))
 """
@@ -48,11 +50,11 @@ sys.exit(max(os.waitpid(child, 0)[1] for child in children))
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for something to be true; what it was."""
+    """Wait for something to be true; what it was. It is not asked often: in a guest each question takes its time from those who work."""
     end = time.monotonic() + DEADLINE_S
     while not (found := condition()):
         assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.05)
+        time.sleep(0.5)
     return found
 
 
@@ -125,24 +127,24 @@ def nothing_is_left(world: World) -> None:
     assert list(world.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_program_runs_to_its_end_under_a_policy(world, policy, load):
+def test_programs_run_to_their_end_under_a_policy(world, policy):
     begin = world.folder.with_name("begin")
-    wait = f"until [ -e {begin} ]; do sleep 0.1; done; exec {LOADS[load]}"
-    hostd = world.hostd(*POLICIES[policy], "--", "sh", "-c", wait)
+    program = " && ".join([f"until [ -e {begin} ]; do sleep 0.1; done", *LOADS])
+    hostd = world.hostd(*POLICIES[policy], "--", "sh", "-c", program)
     world.rules()
     begin.touch()
-    hostd.wait(DEADLINE_S)
+    last = world.status()
+    until(lambda: (last.update(world.status()), hostd.poll() is not None)[1], "the programs end")
     assert hostd.returncode == 0
+    assert last["counters"]["ended_by_kernel"] == ""
     nothing_is_left(world)
 
 
 def test_an_agent_that_is_killed_is_followed_by_another_and_all_finish(world):
     hostd = world.hostd(*POLICIES["fifo"], "--", sys.executable, "-S", "-c", WORKERS, str(world.end))
-    for kills in (1, 2):
-        os.kill(world.rules()["agent"]["pid"], signal.SIGKILL)
-        until(lambda kills=kills: world.status().get("agents_lost") == kills, "hostd saw it die")
+    os.kill(world.rules()["agent"]["pid"], signal.SIGKILL)
+    until(lambda: world.status().get("agents_lost") == 1, "hostd saw it die")
     world.rules()
     assert world.finish(hostd) == 0
     nothing_is_left(world)
