@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from waveos import errors, policy, scenario, sched, testing
 from waveos.ipu_emulator import profile
 from waveos.memory import scenario as memory_scenario
+from waveos.net import scenario as net_scenario
 from waveos.outcome import Outcome
 from waveos.policy import state
 from waveos.sched import laws
@@ -190,6 +191,11 @@ SUBSYSTEMS: dict[str, list[tuple[str, type[BaseModel]]]] = {
         ("`[memory]`", memory_scenario.Memory),
         ("`[access]`", memory_scenario.Accesses),
         ("`[run]`", memory_scenario.MemoryRun),
+    ],
+    "net": [
+        ("top of the file", net_scenario.NetScenario),
+        ("`[service]`", net_scenario.Service),
+        ("`[run]`", net_scenario.NetRun),
     ],
 }
 """What scenarios of other subsystems have of their own, or in another form."""
