@@ -15,7 +15,7 @@ from waveos import sched
 from waveos.keys import Keys
 from waveos.link import open_link
 
-DEADLINE_S = 120.0
+DEADLINE_S = 60.0
 
 
 def until(condition: Callable[[], Any], what: str = "it never came true") -> Any:
@@ -43,7 +43,8 @@ class Machines:
         return f"zmq+tcp://127.0.0.1:{self.port}"
 
     def link(self, side: str, subsystem: Any = sched, **options: Any) -> Any:
-        """One side of the link; closed with the test."""
+        """One side of the link; closed with the test. A machine that is stopped for seconds is no silent agent here."""
+        options = {"silence_s": DEADLINE_S, **options} if side == "host" else options
         keys = self.host if side == "host" else self.dpu
         made = open_link(self.url, side=side, subsystem=subsystem, **{"keys": keys, "say": self.said.append, **options})
         self.open.append(made)

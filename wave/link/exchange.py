@@ -168,6 +168,8 @@ class ZmqAgent(QueueVerbs):
 
     def overflowed(self, queue: int = MESSAGES) -> int:
         """How many records found that queue full."""
+        if self._alone:
+            self._exchange.step(0)
         return self._down.lost if queue == TXNS else self.session.peer_lost if self.session else 0
 
     def peer_alive(self) -> bool:
@@ -264,7 +266,7 @@ class Door:
         self.agents: dict[tuple[str, str], ZmqAgent] = {}
         self._routes: dict[bytes, str] = {}  # the key that a connection proved
         _, endpoint = parse_url(url)
-        self.socket = make_socket(exchange.context, zmq.ROUTER, exchange.keys, endpoint)
+        self.socket = make_socket(exchange.context, zmq.ROUTER, exchange.keys, endpoint, HOST_SILENCE_S)
         self.socket.curve_server = True
         self.socket.zap_domain = b"wave"
         self.socket.router_mandatory = True

@@ -70,7 +70,7 @@ def parse_url(url: str) -> tuple[str, str]:
     return match[1] or "", f"tcp://{match[2]}:{match[3]}"
 
 
-def make_socket(context: zmq.Context[Any], kind: int, keys: Keys, endpoint: str) -> zmq.Socket[Any]:
+def make_socket(context: zmq.Context[Any], kind: int, keys: Keys, endpoint: str, silence_s: float) -> zmq.Socket[Any]:
     """A socket with this machine's key and the bounds that both sides keep."""
     made: zmq.Socket[Any] = context.socket(kind)
     own = keys.own()
@@ -80,7 +80,8 @@ def make_socket(context: zmq.Context[Any], kind: int, keys: Keys, endpoint: str)
     made.rcvhwm, made.sndhwm = INBOX_FRAMES, 0  # what is sent is bounded by the session's window
     made.ipv6 = endpoint.startswith("tcp://[")
     made.handshake_ivl = 5_000
-    made.heartbeat_ivl, made.heartbeat_timeout = 500, 2_000  # a connection whose peer vanished without a word is given up
+    # A connection whose peer vanished without a word is given up: TCP alone would wait for a quarter of an hour.
+    made.heartbeat_ivl, made.heartbeat_timeout = max(10, int(250 * silence_s)), max(20, int(1_000 * silence_s))
     return made
 
 
@@ -143,7 +144,7 @@ class ZmqHost(QueueVerbs):
 
     def _open(self) -> None:
         """A socket that tries to connect until it is closed."""
-        made = self._socket = make_socket(self._context, zmq.DEALER, self._keys, self._endpoint)
+        made = self._socket = make_socket(self._context, zmq.DEALER, self._keys, self._endpoint, self._silence_ns / 1e9)
         made.curve_serverkey = bytes.fromhex(self._peer.public)
         made.immediate = True  # nothing is kept for a connection that there is not: it would be old
         made.reconnect_ivl, made.reconnect_ivl_max = 20, 200
