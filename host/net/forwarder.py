@@ -29,7 +29,20 @@ from waveos.host.xsk.rings import (
     wake,
 )
 from waveos.jit import jit, jit_inline, store_word
-from waveos.net.laws import BATCH_END, LINK_DOWN, LINK_UP, REQUEST_ARRIVED, REQUEST_DONE, REQUEST_LOST, TXN_OUTCOME, WORKER_GONE, WORKER_NEW, feed
+from waveos.net.laws import (
+    BATCH_END,
+    FLOW_CLOSED,
+    FLOW_OPENED,
+    LINK_DOWN,
+    LINK_UP,
+    REQUEST_ARRIVED,
+    REQUEST_DONE,
+    REQUEST_LOST,
+    TXN_OUTCOME,
+    WORKER_GONE,
+    WORKER_NEW,
+    feed,
+)
 from waveos.net.orders import MARK, SET_ENTRY, SET_RATE, SHED, STEER
 from waveos.net.rates import RATES, admit, limit
 from waveos.net.records import CLASSES, MAX_REQUESTS, REFUSED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION, SUBSYSTEM, TABLE_ENTRIES
@@ -40,6 +53,8 @@ from waveos.record import VERSION
 BATCH = 64
 LOOKS_BEFORE_NAP = 2_000
 LOOK_FOR_LOST_NS = 10_000_000
+FLOWS, FLOW_IDLE_NS = 4_096, 10_000_000_000
+"""Flows that are known at once (one that falls into the place of another closes it), and how long one is open without a request."""
 CUT_NS = 100_000_000
 """A wire on which nothing has gone out for so long, though something wants to, is cut."""
 SERVING, POLICY_FAILED = 0, 1
@@ -56,6 +71,7 @@ HEADERS_BYTES = RPC_AT + RPC.itemsize
 SLOT = np.dtype(
     [("seq", "i8"), ("frame", "i8"), ("length", "i8"), ("sent_ns", "i8"), ("worker", "i4"), ("state", "u1"), ("marked", "u1")], align=True
 )
+FLOW = np.dtype([("seen_ns", "i8"), ("flow", "u4"), ("open", "u4")])
 FORWARDER = np.dtype(
     [
         ("client_beat_at", "i8"),  # addresses of the two programs' heartbeats
@@ -86,6 +102,7 @@ FORWARDER = np.dtype(
         ("moved_ns", "i8", (2,)),  # when something last went out to the client and to the host, or nothing wanted to
         ("position", "i8", (2,)),  # how far the kernel had come with sending then
         ("cut", "u1", (2,)),
+        ("flows", FLOW, (FLOWS,)),
         ("rates", RATES),
         ("table", "i4", (TABLE_ENTRIES,)),  # the worker of an entry; -1: the policy is asked
         ("free", "i4", (MAX_REQUESTS,)),
@@ -151,6 +168,31 @@ def _hand_over(f: Any, host: Any, packets: Any, slot: int, worker: int, now: int
     f.steered += 1
 
 
+@jit_inline
+def _note_flow(f: Any, rt: Any, m: Any, flow: int, request_class: int, now: int) -> None:
+    """Tell the policy of a flow that begins, and of the one whose place it takes."""
+    known = f.flows[flow % FLOWS]
+    known.seen_ns, was = now, known.flow
+    if known.open and was == flow:
+        return
+    if known.open:
+        m.flow, m.request_class = was, 0
+        _say(rt, m, FLOW_CLOSED, -1, -1, 0, now)
+    known.flow, known.open = flow, 1
+    m.flow, m.request_class = flow, request_class
+    _say(rt, m, FLOW_OPENED, -1, -1, 0, now)
+
+
+@jit
+def _close_idle_flows(f: Any, rt: Any, m: Any, now: int) -> None:
+    for i in range(FLOWS):
+        known = f.flows[i]
+        if known.open and now - known.seen_ns > FLOW_IDLE_NS:
+            known.open = 0
+            m.flow, m.request_class = known.flow, 0
+            _say(rt, m, FLOW_CLOSED, -1, -1, 0, now)
+
+
 @jit
 def _take_requests(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any, packets: Any, now: int) -> int:
     got = receive(client, packets, BATCH)
@@ -183,6 +225,7 @@ def _take_requests(f: Any, client: Any, host: Any, frames: Any, rt: Any, m: Any,
         s = f.slot[slot]
         s.seq, s.frame, s.length, s.state, s.marked = s.seq + 1, packets[i].at, packets[i].length, WAITING, 0
         f.requests += 1
+        _note_flow(f, rt, m, flow, request_class, now)
         if worker >= 0:
             f.by_table += 1
             _hand_over(f, host, packets, slot, int(worker), now)
@@ -367,6 +410,7 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
             f.next_look_ns = now + LOOK_FOR_LOST_NS
             _look_at_workers(f, rt, m, now)
             _find_lost(f, rt, m, now)
+            _close_idle_flows(f, rt, m, now)
             _watch(f, 0, c, rt, m, now)
             _watch(f, 1, h, rt, m, now)
         if got:

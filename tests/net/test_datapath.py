@@ -174,6 +174,33 @@ def test_entries_of_the_table_steer_without_the_policy_being_asked(world: Any, t
         assert path.counters["by_table"] == path.counters["requests"] == len(sent)
 
 
+BY_FLOW = """
+from waveos import net
+from waveos.policy import Policy
+
+class ByFlow(Policy, subsystem=net, name="by-flow"):
+    def flow_opened(self, msg, txns):
+        net.steer_flow(txns, flow=msg.flow, worker=1 + msg.request_class)
+
+    def request_arrived(self, msg, txns):
+        net.steer(txns, request=msg.request, worker=3)
+"""
+
+
+def test_a_flow_is_told_of_when_it_begins_and_steered_as_a_whole(world: Any, tmp_path: Path) -> None:
+    from waveos.host.net.client import draw_plan
+
+    network, client = world
+    (tmp_path / "by_flow.py").write_text(BY_FLOW)
+    with serving(network, str(tmp_path / "by_flow.py"), "--nap-us", "50") as path:
+        sent = draw_plan(300, 0.5, 0.0, flows=4, slo_us=(2_000, 20_000), seed=1)
+        workers = client.run(sent, patience_s=PATIENCE_S).plan["worker"].tolist()
+        assert set(workers) == {1, 3}, "3 until the flow's entry was set, then 1"
+        assert workers.count(1) > len(sent) / 2
+        path.stop_agent()
+        wait_for(lambda: path.counters.get("by_table") == workers.count(1))
+
+
 def test_a_class_over_its_rate_is_refused_and_others_are_not(world: Any, tmp_path: Path) -> None:
     network, client = world
     (tmp_path / "limited.py").write_text(LIMITED)
