@@ -125,6 +125,25 @@ def test_hostd_serves_a_network_through_an_agent_that_may_be_killed_and_told_ano
     assert send(client).unanswered == 0
 
 
+def test_a_hostd_that_is_killed_leaves_the_kernels_path_and_what_restore_knows(world: Any) -> None:
+    from waveos.host.net import topology
+    from waveos.host.restore import names, restore
+    from waveos.process import start_time
+
+    network, service, client = world
+    with hostd(network, service.pids) as process:
+        agent = serving(network.name)["agent"]["pid"]
+        began = start_time(agent)
+        process.kill()
+        process.wait()
+        wait_for(lambda: start_time(agent) != began)
+        assert send(client).unanswered == 0
+        assert network.name in names()
+        _, failed = restore([network.name])
+        assert not failed and network.name not in names()
+        assert topology.find(network.name) == network
+
+
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
