@@ -37,6 +37,8 @@ _PRESENT, _SWAPPED = np.uint64(1 << 63), np.uint64(1 << 62)
 class Damon:
     """Looks at processes through one kdamond. The kernel tells at its own times, so a look shows what it told last, and asks anew."""
 
+    name = "DAMON"
+
     def __init__(self, batch_bytes: int, journal: Journal, admin: Path = ADMIN) -> None:
         """Raises ConfigError, one line, where DAMON is not to be had: it is not in the kernel, it is in use, or it knows no virtual addresses."""
         self.batch_bytes, self._journal, self._admin = batch_bytes, journal, admin

@@ -43,6 +43,8 @@ class Advises(Protocol):
 class Sensor(Protocol):
     """What the mechanism asks of `referenced.Referenced` and `damon.Damon`."""
 
+    name: str
+
     def follow(self, processes: Any) -> None: ...
 
     def look(self, process: Process) -> list[Seen]: ...
@@ -353,6 +355,7 @@ class MemoryMechanism:
     def facts(self) -> dict[str, Any]:
         """What has happened so far, and what there is."""
         return {
+            "sensor": self._sensor.name,
             "passes": self.passes,
             "outcomes": dict(self.counts),
             "advised_kib": dict(self.advised_kib),

@@ -27,6 +27,8 @@ class Seen(NamedTuple):
 class Referenced:
     """Looks at processes one after the other; clears what it has seen."""
 
+    name = "referenced bits by mapping"
+
     def __init__(self, batch_bytes: int) -> None:
         self.batch_bytes = batch_bytes
 
