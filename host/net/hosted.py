@@ -121,7 +121,7 @@ class Driver:
         self._ports: Ports | None = None
         self._gone: set[int] = set()
         self._past: dict[str, int] = {}
-        self._silent = False
+        self._silent = self._said = False
         self._silences = 0
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # nobody rings it
         self.events: list[int] = []
@@ -150,7 +150,9 @@ class Driver:
             silent = time.monotonic_ns() - beat_ns > int(self._ports.client.control["patience_ns"][0])
             if silent and not self._silent:
                 self._silences += 1
-                self._say("the agent gives no sign of life: requests take the kernel's path until it does")
+                if not self._said:
+                    self._say("the agent gives no sign of life: requests take the kernel's path until it does; further silences are counted")
+                self._said = True
             self._silent = silent
 
     def agent_here(self, _generation: int) -> None:
@@ -173,7 +175,7 @@ class Driver:
         if self._ports is not None:
             self._past = self._packets()
             self._ports.close()
-        self._ports, self._silent = None, False
+        self._ports, self._silent, self._said = None, False, False
 
     def counters(self) -> dict[str, Any]:
         """What has become of packets so far, under all agents."""

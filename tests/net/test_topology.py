@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "xsk"))
+from wire import why_not
+
 from waveos.errors import ConfigError
 from waveos.host.net import topology
 
@@ -52,6 +55,25 @@ def test_a_name_that_cannot_be_one_is_refused(name: str) -> None:
 def test_a_network_that_is_not_up_cannot_be_taken_down() -> None:
     with pytest.raises(ConfigError, match="not up"):
         topology.down("never-made")
+
+
+@pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+def test_a_service_is_started_and_asked_from_the_command_line() -> None:
+    import json
+
+    wave = [sys.executable, "-P", "-c", "from waveos.cli import main; main()", "net"]
+    with topology.network(f"test-load-{os.getpid()}") as made:
+        flags = ["--workers", "2", "--get-us", "50", "--range-us", "500"]
+        with subprocess.Popen([*wave, "serve", made.name, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+            assert service.stdout is not None
+            pids = [int(pid) for pid in service.stdout.readline().split(",")]
+            load = ["load", made.name, "--rate", "200", "--seconds", "0.5", "--range-share", "0.2", "--json"]
+            done = subprocess.run([*wave, *load], capture_output=True, text=True, check=False, timeout=120)
+            service.send_signal(signal.SIGINT)
+            assert service.wait(60) == 130
+        assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    rows = json.loads(done.stdout)
+    assert [row["class"] for row in rows] == ["GET", "RANGE"] and all(row["sent"] > 0 == row["unanswered"] for row in rows), done.stderr
 
 
 def test_the_command_makes_lists_and_removes() -> None:
