@@ -1,15 +1,19 @@
 """The demo: a real RocksDB measured on this machine, and what it costs and saves to move the scheduling of its requests to an IPU.
 
-Three steps, each with something to read: service times (measured), what the policies cost a message (measured), the comparison (modelled). It
-leaves `demo.json`, `report.html` and `trace.json.gz` in a folder, `out/` by default.
+Four steps, each with something to read: service times (measured), what the policies cost a message (measured), the comparison (modelled), and the same
+service under a live agent on this kernel (measured, with the model's prediction beside it; root only). It leaves `demo.json`, `live.json`, `report.html`
+and `trace.json.gz` in a folder, `out/` by default.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from waveos.bench import live, live_demo
 from waveos.bench.machine import describe_machine
 from waveos.bench.policy import message_costs
 from waveos.cli.results import give_results
@@ -53,7 +57,28 @@ def main(arguments: list[str]) -> int | None:
     give_results(comparison.results(), folder / "demo.json", folder / "report.html", False, stopped=code)
     if code is None:
         talk(f"trace of {TRACE_MS:g} ms: {trace} (open it at https://ui.perfetto.dev)")
+        _show_live(folder / "live.json", options.quick)
     return code
+
+
+def _show_live(path: Path, quick: bool) -> None:
+    """Real threads on this kernel, where that may be."""
+    if reason := live.why_not():
+        talk(f"4. live on this kernel: left out, because it {reason}")
+        return
+    talk("4. live on this kernel: RocksDB workers on the first CPU, agent and client on the second; the kernel's default, then Shinjuku by the agent")
+    result = live_demo.run(*((1.0, 1) if quick else (3.0, 3)))
+    result["rows"] = [asdict(row) for row in result["rows"]]
+    print_table(
+        ("scheduler", "timing", "requests/s", "GET p50 µs", "GET p99 µs", "RANGE p50 µs", "RANGE p99 µs"),
+        [(row["scheduler"], row["timing"], *(f"{row['figures'][key]:,.0f}" for key in live_demo.KEYS)) for row in result["rows"]],
+        title=f"at {result['rate_per_s']:,.0f} requests/s, 0.5 % of them RANGEs; quantum {result['quantum_us']:g} µs",
+        numbers=("requests/s", "GET p50 µs", "GET p99 µs", "RANGE p50 µs", "RANGE p99 µs"),
+    )
+    path.write_text(json.dumps({"name": "live_demo", "machine": describe_machine(), **result}, indent=1))
+    if result["noisy_share"]:
+        talk(f"   other programs took more than 5 % of the workers' CPU in {result['noisy_share']:.0%} of the windows: for a look, not for figures")
+    talk(f"   {path}; with peers, saturation and the cost of each step: sudo wave bench live (docs/live.md)")
 
 
 def _show_service_times(scenario: Scenario) -> None:

@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -46,6 +47,7 @@ OPTIONS = {
     "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
     "quick": (False, "2 rounds of 1 s, fewer columns, saturation over 1 s: for a look and for CI, not for figures"),
 }
+BTF = Path("/sys/kernel/btf/vmlinux")
 RANGE_SHARE = 0.005
 LOAD_SHARE = 0.7
 PREDICTED_SHARES = (0.3, 0.6, 0.8)
@@ -101,33 +103,48 @@ def run(
     quick: bool = False,
 ) -> dict[str, Any]:
     """Measure all schedulers. Raises ConfigError on fewer than two CPUs or without the right to set scheduling policies, MissingError without rocksdict."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise ConfigError("bench live needs two CPUs, one for the workers and one for agent and client; this process may use one")
+    if reason := why_not():
+        raise ConfigError(f"bench live {reason}")
     if rounds < 1 or seconds < 0.2 or saturation_s < 1 or not 2 <= workers <= 64 or quantum_us <= 0:
         raise ConfigError(
             f"rounds {rounds}, seconds {seconds}, saturation_s {saturation_s}, workers {workers}, quantum_us {quantum_us}: "
             "at least 1, 0.2 and 1, 2 to 64 workers, and a quantum above 0"
         )
-    if os.geteuid() != 0:
-        raise ConfigError("bench live sets scheduling policies of its workers and client, for which one must be root: sudo wave bench live")
     if quick:
         rounds, seconds, saturation_s = min(rounds, 2), min(seconds, 1.0), min(saturation_s, 1.0)
     probes, tries, tuned, shares = (3, 1, TUNED[-1:], PREDICTED_SHARES[1:2]) if quick else (8, 3, TUNED, PREDICTED_SHARES)
-    plan = Plan(seed, rounds, seconds, saturation_s, probes, tries, tuned, shares, workers, quantum_us, cores[0], cores[1])
-    capacity = round(MOST_PER_S * max(seconds, saturation_s, 1.0) * 1.2)
+    host_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
+    with begin(Plan(seed, rounds, seconds, saturation_s, probes, tries, tuned, shares, workers, quantum_us, host_core, agent_core)) as bench:
+        return bench.measure()
+
+
+def why_not() -> str | None:
+    """Why nothing live can be measured here, in half a sentence."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return "needs two CPUs, one for the workers and one for agent and client; this process may use one"
+    if os.geteuid() != 0:
+        return "sets scheduling policies of its workers and client, for which one must be root (sudo)"
+    if not BTF.exists():
+        return f"needs a kernel that describes its types ({BTF}), for BPF programs that fit it"
+    return None
+
+
+@contextlib.contextmanager
+def begin(plan: Plan) -> Iterator[Bench]:
+    """The service is up, the client is where it belongs."""
+    capacity = round(MOST_PER_S * max(plan.seconds, plan.saturation_s, 1.0) * 1.2)
     machine = describe_machine()  # before the client is bound to one core
     _tell("building the database")
     with (
         rocksdb.database() as folder,
-        Service(folder, workers=workers, core=plan.host_core, capacity=capacity) as service,
+        Service(folder, workers=plan.workers, core=plan.host_core, capacity=capacity) as service,
         client_on(plan.agent_core),
     ):
-        return _Bench(plan, service, machine).measure()
+        yield Bench(plan, service, machine)
 
 
-class _Bench:
-    """One run: the service is up, the client is where it belongs."""
+class Bench:
+    """One run."""
 
     def __init__(self, plan: Plan, service: Service, machine: dict[str, object]) -> None:
         self.plan, self.service, self.machine = plan, service, machine
@@ -145,7 +162,7 @@ class _Bench:
         for number in range(plan.rounds):
             _tell(f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
             for name in windows:
-                windows[name].append(self._window(name, rate, plan.seconds, plan.seed + number))
+                windows[name].append(self.window(name, rate, plan.seed + number))
         at_load = list(self.told)
         tuned = min(plan.tuned, key=lambda name: median(each.get_p99_us for each in windows[name]))
         for name in (tuned, WAVE):
@@ -203,10 +220,10 @@ class _Bench:
             with live_schedulers.kernel(service, name, plan.agent_core) as groups:
                 yield partial(serve, groups=groups)
 
-    def _window(self, name: str, rate_per_s: float, seconds: float, seed: int) -> Window:
+    def window(self, name: str, rate_per_s: float, seed: int) -> Window:
         """One scheduler under one load; the quietest of a few windows if the first is noisy."""
         with self._under(name) as serve:
-            return self._quietest(lambda: serve(rate_per_s, seconds, seed))
+            return self._quietest(lambda: serve(rate_per_s, self.plan.seconds, seed))
 
     def _quietest(self, measure: Callable[[], Window]) -> Window:
         windows = [measure()]
@@ -255,7 +272,7 @@ class _Bench:
             for share in plan.shares:
                 rate = share * saturations[name]
                 _tell(f"{name} measured and predicted at {rate:,.0f} requests/s")
-                measured = _medians([self._window(name, rate, plan.seconds, plan.seed + number) for number in range(min(plan.rounds, plan.tries))])
+                measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, plan.tries))])
                 predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
                 for key, value in predicted.items():
                     metrics[f"predicted_{name}_{key}_{share * 100:.0f}"] = value
@@ -306,7 +323,7 @@ def _hackbench_s(core: int) -> float:
     return float(found[1])
 
 
-def _medians(windows: list[Window]) -> Window:
+def medians(windows: list[Window]) -> Window:
     """Figure by figure."""
     return Window(*(median(getattr(each, field.name) for each in windows) for field in fields(Window)))
 

@@ -457,18 +457,6 @@ def _clear(rt: Any) -> None:
 
 
 @jit
-def _clear(rt: Any) -> None:
-    """Nothing waits, but the policy's queues name threads that have left: have it name them."""
-    for cpu in range(rt.cpus):
-        c = rt.cpu[cpu]
-        while c.present and rt.void and not rt.failed:
-            dropped = rt.dropped
-            _deliver(rt, CPU_IDLE, -1, cpu, c.running >= 0, 0, rt.now_ns)
-            if rt.dropped == dropped:
-                break
-
-
-@jit
 def _last_live(rt: Any, cpu: int) -> Any:
     """The thread staged last on `cpu` and not elsewhere since; -1: none."""
     c = rt.cpu[cpu]
