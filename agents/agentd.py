@@ -165,13 +165,13 @@ class Served:
     def _plain_over(self, _result: Any) -> None:
         self._lost()
 
-    def _attend_plain(self, told: dict[str, Any]) -> tuple[Any, dict[str, float]] | None:
+    def _attend_plain(self, told: Callable[[], dict[str, Any]]) -> tuple[Any, dict[str, float]] | None:
         """Beside the loop, between two batches of a plain policy: what hostd asks for. The policy that is to decide from now on, if it is another."""
         change = None
         for request in self._link.handed.requests():
             if "report" in request:
                 about = {"policy": self._policy, "params": self._params, "pid": os.getpid(), "start": start_time(os.getpid())}
-                self._link.handed.answer({"report": {**told, **about}})
+                self._link.handed.answer({"report": {**told(), **about}})
             elif "set-policy" in request:
                 name, params = request["set-policy"]["policy"], request["set-policy"].get("params") or {}
                 try:

@@ -35,13 +35,13 @@ def serve_plain(
     *,
     replay: bool = False,
     until_ns: int = 1 << 62,
-    attend: Callable[[dict[str, Any]], Change | None] | None = None,
+    attend: Callable[[Callable[[], dict[str, Any]]], Change | None] | None = None,
 ) -> None:
     """Serve the agent's side of a link until its host is gone, or `until_ns` on the monotonic clock. Raises PolicyError when the policy fails.
 
     With `replay` the stream brings its own BATCH_ENDs; else a batch ends when the queue is drained, or a timer is due.
-    `attend` is called now and then with what has happened so far (also what the policy's own `report()` tells); with a policy it returns, the host has
-    given new queues, and its whole state comes.
+    `attend` is called now and then, and may ask what has happened so far (with what the policy's own `report()` tells); with a policy it returns, the host
+    has given new queues, and its whole state comes.
     """
     runtime = PlainRuntime(policy, params)
     end = np.zeros(1, policy.subsystem.MESSAGE)
@@ -49,13 +49,17 @@ def serve_plain(
     try:
         taken, looked_ns = 0, 0
         told = {"messages": 0, "decisions": 0, "batches": 0}
+
+        def report() -> dict[str, Any]:
+            return {**told, **getattr(runtime.policy, "report", dict)()}
+
         while (now_ns := clock_ns()) < until_ns:
             if now_ns - looked_ns >= LOOK_NS:
                 looked_ns = now_ns
                 link.check()
                 if hasattr(link, "txns_memory"):
                     ring.beat(CoherentMemory(link.txns_memory), now_ns)
-                if attend is not None and (change := attend({**told, **getattr(runtime.policy, "report", dict)()})) is not None:
+                if attend is not None and (change := attend(report)) is not None:
                     runtime, taken = PlainRuntime(*change), 0
             batch = link.poll_messages(AT_ONCE)
             if len(batch):

@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from waveos.host.doors import ask
 from waveos.host.memory.procfs import swap_free_kib
 from waveos.host.memory.zram import Zram
 from waveos.host.restore import Journal, restore
+from waveos.keys import Keys
 from waveos.paths import cache_dir
 from waveos.process import start_time
 
@@ -124,12 +126,17 @@ class World:
         return process
 
     def manage(self, policy="region_age", *more, **params):
-        """Start hostd, which starts the agent."""
+        """Start hostd, which starts the agent; with no policy, none."""
         command = [sys.executable, "-P", *WAVE, "hostd", "--subsystem", "memory", "--enclave", self.enclave, "--cgroup", str(self.cgroup)]
-        command += ["--setting", "pass_ms=100", "--policy", policy, *more]
+        command += ["--setting", "pass_ms=100", *(["--policy", policy] if policy else ["--no-agent"]), *more]
         for name, value in params.items():
             command += ["--param", f"{name}={value}"]
         self.hostd = self._start(command)
+
+    def wave(self, *arguments, keys=None):
+        """A command of Wave's, with its machine's keys."""
+        environment = {**os.environ, **({"WAVE_KEYS": str(keys.folder)} if keys else {})}
+        return self._start([sys.executable, "-P", *WAVE, *arguments], env=environment)
 
     def facts(self):
         """What hostd tells; {} while there is none."""
@@ -286,3 +293,25 @@ def test_a_process_that_ends_is_forgotten_and_hostd_ends_when_the_cgroup_is_remo
         time.sleep(0.02)
     world.cgroup.rmdir()
     assert world.hostd.wait(DEADLINE_S) == 0
+
+
+def test_an_agent_on_another_machine_decides_over_zmq_and_a_limit_goes_when_it_is_lost(world, tmp_path):
+    host, dpu = Keys(tmp_path / "host"), Keys(tmp_path / "dpu")
+    host.add("dpu", dpu.new().public)
+    dpu.add("h1", host.new().public)
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        url = f"zmq+tcp://127.0.0.1:{asked.getsockname()[1]}"
+    limit = world.limit()
+    world.manage(None)
+    agent = world.wave("agentd", url, "static", "--param", "limit_mib=100", keys=dpu)
+    world.wave("relay", world.enclave, url, "--subsystem", "memory", keys=host)
+    world.until(lambda: world.limit() == 100)
+    assert world.facts()["report"]["policy"] == "static"
+    agent.kill()
+    agent.wait()
+    world.until(lambda: world.limit() == limit)
+    full = world.rss_mib()
+    world.wave("agentd", url, "region_age", *(word for name, value in AGE.items() for word in ("--param", f"{name}={value}")), keys=dpu)
+    world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
+    assert world.ask("check") == "True"
