@@ -42,6 +42,8 @@ SILENCE_S = 2.0
 HOST_SILENCE_S = 10.0
 BEAT_NS = 100_000_000
 HELLO_NS = 200_000_000
+AGAIN_NS = 500_000_000
+"""From a refusal to the next try."""
 TICK_NS = 20_000_000
 KEEP_NS = 20_000_000
 """Between two looks of the thread that does what is due."""
@@ -110,6 +112,7 @@ class ZmqHost(QueueVerbs):
             if not 2 <= capacity <= 1 << 24:
                 raise LinkError(f"the queue of {name} holds 2 to {1 << 24} records, not {capacity}")
         self._keys = keys if isinstance(keys, Keys) else Keys(keys)
+        self._keys.own()  # said now if there is none
         self._peer = self._keys.peer(peer)
         self._trusted = True
         self._windows = messages, txns
@@ -135,6 +138,7 @@ class ZmqHost(QueueVerbs):
         now_ns = time.monotonic_ns()
         self._heard_ns = self._tick_ns = self._hello_ns = self._beat_ns = now_ns
         self._keys_ns = now_ns + int(LOOK_S * 1e9)
+        self._again_ns = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._lock = threading.Lock()
         self._hurry = threading.Event()  # a deadline is to be kept
@@ -333,6 +337,11 @@ class ZmqHost(QueueVerbs):
         self._tick_ns = now_ns + TICK_NS
         while self._monitor.poll(0):
             self._explain(parse_monitor_message(self._monitor.recv_multipart()))
+        if self._again_ns and now_ns >= self._again_ns and self._trusted:
+            self._again_ns = 0
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
         if now_ns >= self._keys_ns:
             self._keys_ns = now_ns + int(LOOK_S * 1e9)
             self._check_peer()
@@ -361,14 +370,17 @@ class ZmqHost(QueueVerbs):
         peer = self._keys.known(self._peer.public)
         trusted = peer is not None and peer.state == "valid"
         if self._trusted and not trusted:
-            self._socket.disconnect(self._endpoint)
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.disconnect(self._endpoint)
             self._break(f"the key of {self._peer.name!r} is {peer.state if peer else 'not known any more'} here")
         elif trusted and not self._trusted:
             self._socket.connect(self._endpoint)
         self._trusted = trusted
 
     def _explain(self, event: Any) -> None:
-        """Why there is no connection, in words."""
+        """Why there is no connection, in words. ZeroMQ never knocks again where it was refused, so that is done here."""
+        if event["event"] & _REFUSED:
+            self._again_ns = time.monotonic_ns() + AGAIN_NS
         if self._session is not None:
             return
         if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:

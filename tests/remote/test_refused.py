@@ -1,0 +1,209 @@
+"""Who may speak: keys and how they are kept, peers without one, and peers whose key is taken back while they speak."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+import numpy as np
+import pytest
+import zmq
+from two_machines import until
+
+from waveos import record
+from waveos.cli import run
+from waveos.errors import ConfigError, LinkError
+from waveos.keys import LOOK_S, Keys
+from waveos.link import exchange as exchanges
+from waveos.link.frames import Kind, pack, pack_json
+from waveos.link.zmq import parse_url
+from waveos.sched import MESSAGE
+from waveos.sched.records import SUBSYSTEM
+
+
+def refusals(machines) -> list[str]:
+    return [line for line in machines.said if "refused" in line or "dropped" in line]
+
+
+def test_an_unknown_key_is_refused_and_said_once_and_the_host_is_told_what_to_do(machines, tmp_path):
+    agent = machines.link("agent")
+    stranger = Keys(tmp_path / "stranger")
+    public = stranger.new().public
+    stranger.add("dpu", machines.dpu.own().public)
+    host = machines.link("host", keys=stranger)
+    until(lambda: agent.peer_alive() or "wave keys add NAME" in host.trouble, host.trouble)
+    assert public in host.trouble and not host.peer_alive()
+    host.close()
+    again = machines.link("host", keys=stranger)
+    until(lambda: agent.peer_alive() or "wave keys add NAME" in again.trouble)
+    assert len([line for line in refusals(machines) if public in line]) == 1
+    machines.dpu.add("stranger", public)
+    until(lambda: agent.peer_alive() and again.peer_alive(), "it is let in once its key is added")
+
+
+def test_a_peer_in_plain_text_is_refused_and_said_once(machines):
+    agent = machines.link("agent")
+    context = zmq.Context()
+    try:
+        for _ in range(3):
+            plain = context.socket(zmq.DEALER)
+            plain.linger = 0
+            plain.connect(parse_url(machines.url)[1])
+            plain.send(pack_json(Kind.HELLO, record.VERSION, SUBSYSTEM, 1, {"enclave": "x", "txns": 64}))
+            until(lambda: agent.peer_alive() or refusals(machines))
+            assert not plain.poll(50)
+            plain.close()
+        assert len(refusals(machines)) == 1 and "CURVE" in refusals(machines)[0]
+        assert not agent.peer_alive()
+    finally:
+        context.destroy(0)
+
+
+def test_a_host_does_not_speak_with_whoever_has_not_the_key_it_expects(machines, tmp_path):
+    machines.link("agent")
+    machines.host.add("elsewhere", Keys(tmp_path / "elsewhere").new().public)
+    from waveos.link import open_link
+
+    url = f"zmq+tcp://elsewhere@127.0.0.1:{machines.port}"
+    host = open_link(url, side="host", keys=machines.host)
+    machines.open.append(host)
+    until(lambda: machines.open[0].poll_messages() is None or "'elsewhere'" in host.trouble or "nobody" in host.trouble)
+    assert not host.peer_alive()
+
+
+def test_what_a_host_sends_is_dropped_within_a_second_of_its_revocation_though_its_connection_stays(machines):
+    host, agent = machines.both()
+    machines.dpu.revoke("h1")
+    revoked_s = time.monotonic()
+    message, newest_s = np.zeros(1, MESSAGE), 0.0
+    dropped = agent._exchange
+    end_s = revoked_s + 30
+    while dropped.dropped < 20 and time.monotonic() < end_s:
+        host.send_messages(message)
+        if len(agent.poll_messages()):
+            newest_s = time.monotonic()
+    assert dropped.dropped >= 20
+    assert newest_s <= revoked_s + 5.0 and LOOK_S <= 0.5, "half a second is what it takes; a busy machine may stop us meanwhile"
+    assert not agent.peer_alive()
+    assert len([line for line in refusals(machines) if "h1" in line and "revoked" in line]) == 1
+    machines.dpu.add("h1", machines.host.own().public)
+    until(lambda: agent.peer_alive() and host.peer_alive(), "added again, it may speak again")
+
+
+def test_what_an_agent_decides_is_dropped_within_a_second_of_its_revocation(machines):
+    host, agent = machines.both()
+    machines.host.revoke("dpu")
+    revoked_s, newest_s = time.monotonic(), 0.0
+    while host.peer_alive():
+        agent.txn_create(1)
+        agent.txns_commit()
+        if len(host.poll_txns()):
+            newest_s = time.monotonic()
+        assert time.monotonic() < revoked_s + 30
+    assert newest_s <= revoked_s + 5.0 and LOOK_S <= 0.5, "half a second is what it takes; a busy machine may stop us meanwhile"
+    assert "revoked" in host.trouble
+    machines.host.add("dpu", machines.dpu.own().public)
+    until(lambda: agent.peer_alive() and host.peer_alive())
+
+
+def test_a_key_that_has_expired_is_as_good_as_none(machines, monkeypatch):
+    machines.dpu.add("h1", machines.host.own().public, days=1)
+    host, agent = machines.both()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
+    until(lambda: host.send_messages(np.zeros(1, MESSAGE)) >= 0 and not agent.peer_alive(), "a clock that steps ends what has expired")
+    monkeypatch.setattr(time, "time", now)
+    until(lambda: agent.peer_alive() and host.peer_alive(), "and a clock that steps back brings it back")
+
+
+def test_an_own_key_that_has_expired_is_said_to_be(machines, tmp_path, monkeypatch):
+    keys = Keys(tmp_path / "short")
+    keys.new(days=1)
+    keys.add("dpu", machines.dpu.own().public)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
+    with pytest.raises(LinkError, match=r"own key has expired on .*--replace"):
+        machines.link("host", keys=keys)
+
+
+def test_each_refusal_is_said_once_a_minute_at_most(machines, monkeypatch):
+    agent = machines.link("agent")
+    say = agent._exchange.say_seldom
+    for _ in range(1_000):
+        say("refused it", ", from somewhere")
+    assert refusals(machines) == ["refused it, from somewhere"]
+    monkeypatch.setattr(exchanges, "SAID_EVERY_S", 0.0)
+    say("refused it")
+    assert len(refusals(machines)) == 2
+    monkeypatch.setattr(exchanges, "SAID_EVERY_S", 60.0)
+    for number in range(5_000):
+        say(f"refused {number}")
+    assert len(refusals(machines)) <= 2 + exchanges.MAX_ROUTES, "who has very many keys does not fill the log"
+
+
+# ── the files, and the command ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_secret_is_its_owners_alone_and_a_key_in_use_is_not_replaced_unasked(tmp_path):
+    keys = Keys(tmp_path / "k")
+    first = keys.new()
+    assert stat.S_IMODE(os.stat(tmp_path / "k" / "own.toml").st_mode) == 0o600
+    with pytest.raises(ConfigError, match="--replace"):
+        keys.new()
+    assert keys.new(replace=True).public != first.public
+    assert not [path for path in (tmp_path / "k").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "public = 7",
+        'public = "zz"',
+        "public = [",
+        'public = "' + "0" * 64 + '"\nexpires = "soon"',
+        'public = "' + "0" * 64 + '"\nmore = 1',
+        "\0\xff",
+    ],
+)
+def test_a_malformed_key_file_is_nobodys_key_and_is_said_to_be_one(machines, text):
+    (machines.dpu.folder / "peers" / "h1.toml").write_text(text)
+    with pytest.raises(LinkError, match=r"h1\.toml"):
+        machines.dpu.peers()
+    assert Keys(machines.dpu.folder).known(machines.host.own().public) is None
+    (machines.dpu.folder / "own.toml").write_text(text)
+    with pytest.raises(LinkError, match=r"own\.toml"):
+        machines.dpu.own()
+
+
+def test_the_command_makes_adds_lists_and_revokes_keys(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WAVE_KEYS", str(tmp_path / "k"))
+    assert run(["keys", "list"]) == 0
+    assert run(["keys", "new", "--days", "30"]) == 0
+    public = capsys.readouterr().out.strip()
+    assert run(["keys", "add", "dpu", public]) == 0
+    assert run(["keys", "add", "dpu", "0" * 64]) == 2
+    assert "wave keys revoke dpu" in capsys.readouterr().err
+    assert run(["keys", "add", "other", "what"]) == 2
+    assert run(["keys", "add", "../x", public]) == 2
+    assert run(["keys", "revoke", "dqu"]) == 2
+    assert "did you mean 'dpu'" in capsys.readouterr().err
+    assert run(["keys", "revoke", "dpu"]) == 0
+    assert run(["keys", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "revoked" in shown and "secret" not in shown and Keys().own().secret not in shown
+
+
+def test_a_frame_of_another_version_is_refused_with_a_line(machines):
+    host, agent = machines.both()
+    host._socket.send(pack(Kind.DATA, record.VERSION + 1, SUBSYSTEM, 5))
+    host._socket.send(pack_json(Kind.HELLO, record.VERSION + 1, SUBSYSTEM, 6, {"enclave": "x", "txns": 64}))
+    host._socket.send(b"WAVE\x63 of a later layout, as long as a header is, and longer than that too")
+    until(
+        lambda: (
+            agent.peer_alive()
+            and len([line for line in machines.said if "install the same waveos" in line or "no frame of this version" in line]) >= 2
+        )
+    )
+    assert agent.peer_alive() and host.peer_alive()
