@@ -57,6 +57,8 @@ class Setup:
     to_host_ns: int = 0
     pick_up_ns: int = 0
     sees_class: bool = True
+    workers_sort: bool = False
+    """Scheduling apart from steering: each worker takes the request in its own queue whose deadline is next. Else in order of arrival."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def simulate(
         "pick_up_ns",
     ):
         machine[name] = getattr(setup, name)
+    machine["workers_sort"] = setup.workers_sort
     machine["sees_class"], machine["classes"], machine["gap_ns"] = setup.sees_class, len(setup.classes), 1e9 / rate_per_s
     machine["warmup_ns"], machine["until"] = round(warmup * requests / rate_per_s * 1e9), requests
     machine["table"], (machine["trace_from_ns"], machine["trace_until_ns"]) = -1, trace_ns

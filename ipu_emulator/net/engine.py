@@ -53,6 +53,7 @@ REQUEST = np.dtype(
     [
         ("arrived_ns", "i8"),
         ("service_ns", "i8"),
+        ("deadline_ns", "i8"),  # arrival and its class's SLO; NEVER: none
         ("seq", "i8"),
         ("flow", "u4"),
         ("request_class", "i4"),
@@ -82,6 +83,7 @@ MACHINE = np.dtype(
         ("to_agent_ns", "i8"),
         ("to_host_ns", "i8"),
         ("pick_up_ns", "i8"),  # of a worker: a request that the IPU has put before it
+        ("workers_sort", "i8"),  # a worker takes the request with the earliest deadline first
         ("sees_class", "i8"),  # the header is known where it is steered
         ("warmup_ns", "i8"),
         ("until", "i8"),  # so many requests are to be counted
@@ -146,6 +148,25 @@ def _pop(m: Any, q: Any) -> Any:
     q.first = m.request[request].after
     q.n -= 1
     return request
+
+
+@jit
+def _pop_earliest(m: Any, q: Any) -> Any:
+    """The request of the queue whose deadline is next; of equals the first."""
+    best, before_best, before, at = q.first, NOBODY, NOBODY, q.first
+    while at != NOBODY:
+        if m.request[at].deadline_ns < m.request[best].deadline_ns:
+            best, before_best = at, before
+        before, at = at, m.request[at].after
+    after = m.request[best].after
+    if before_best == NOBODY:
+        q.first = after
+    else:
+        m.request[before_best].after = after
+    if q.last == best:
+        q.last = before_best
+    q.n -= 1
+    return best
 
 
 @jit_inline
@@ -224,6 +245,7 @@ def _arrive(m: Any, clock: Any, streams: Any, classes: Any, samples_at: int, sam
     request = int(m.free[m.free_n])
     r = m.request[request]
     r.arrived_ns, r.service_ns, r.request_class, r.kept = m.now_ns, service_ns, k, m.now_ns >= m.warmup_ns
+    r.deadline_ns = m.now_ns + classes[k].slo_ns if classes[k].slo_ns else NEVER
     r.flow = (flow * 2_654_435_761 & 0xFFFF_FFFF) >> 8
     r.seq += 1
     _note(m, m.now_ns, ARRIVED, -1, request, k, r.flow)
@@ -379,7 +401,7 @@ def step(machine: Any, clocks: Any, streams: Any, classes: Any, samples_at: int,
             _note(m, m.now_ns, WORK_END, worker, request, m.request[request].request_class, 0)
             _tell_agent(m, clock, REQUEST_DONE, request, worker, m.request[request].service_ns)
             if c.queue.n:
-                _begin_work(m, clock, worker, int(_pop(m, c.queue)))
+                _begin_work(m, clock, worker, int(_pop_earliest(m, c.queue) if m.workers_sort else _pop(m, c.queue)))
             _enter_stack(m, clock, request, DONE)
         if m.counted >= m.until:
             return FINISHED

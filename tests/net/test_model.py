@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,15 @@ def test_what_knows_the_class_keeps_short_requests_from_waiting_behind_long_ones
     classes = [RequestClass(0.98, 10_000.0, form="fixed", slo_ns=100_000), RequestClass(0.02, 1_000_000.0, form="fixed", slo_ns=20_000_000)]
     rss, slo = (simulate(Setup(policy, 8, classes), 0.6 * 8 / 29.8e-6, requests=50_000) for policy in ("rss", "slo_steering"))
     assert slo.quantile_us(0.99, 0) < rss.quantile_us(0.99, 0) / 2
+
+
+def test_workers_that_take_the_next_deadline_first_serve_the_same_work_with_less_of_it_late() -> None:
+    classes = [RequestClass(0.5, 10_000.0, form="fixed", slo_ns=50_000), RequestClass(0.5, 10_000.0, form="fixed", slo_ns=5_000_000)]
+    plain = Setup("rss", 4, classes)
+    in_order, by_deadline = (simulate(replace(plain, workers_sort=each), 0.8 * 4 / 10e-6, requests=20_000) for each in (False, True))
+    assert by_deadline.mean_us == pytest.approx(in_order.mean_us, rel=0.02), "equal work: the order does not change the mean"
+    assert by_deadline.quantile_us(0.99, 0) < in_order.quantile_us(0.99, 0) / 1.5
+    assert by_deadline.quantile_us(0.99, 1) > in_order.quantile_us(0.99, 1)
 
 
 def test_shed_requests_are_counted() -> None:
