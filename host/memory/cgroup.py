@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from waveos.errors import ConfigError
@@ -62,10 +63,16 @@ class MemoryCgroup:
             self._noted = changes.note_file(self._journal, self._limit)
         if self._reclaim.exists() and (over := self.usage_bytes() - wanted) > 0:
             with contextlib.suppress(OSError):  # EAGAIN: it could not reclaim all of it
-                self._reclaim.write_text(str(over))
-        self._limit.write_text(str(wanted))
-        self.now = self.limit_bytes()  # whole pages
+                _write_once(self._reclaim, over)
+        try:
+            _write_once(self._limit, wanted)
+        finally:
+            self.now = self.limit_bytes()  # whole pages
         return wanted
+
+    def room_bytes(self) -> int:
+        """What it may take before it is at its limit. Raises OSError."""
+        return self.now - self.usage_bytes()
 
     def restore(self) -> list[str]:
         """The limit as it was, or as the operator has set it meanwhile; lines about what could not be."""
@@ -79,3 +86,12 @@ class MemoryCgroup:
         if (found := self.limit_bytes()) != self.now:
             self._journal.settle(self._noted)
             self._noted, self.given, self.now = 0, found, found
+
+
+def _write_once(path: Path, value: int) -> None:
+    """One write: a file object that is closed after an error writes again, and what was refused may be done after all. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    try:
+        os.write(file, str(value).encode())
+    finally:
+        os.close(file)

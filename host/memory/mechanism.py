@@ -29,6 +29,8 @@ PRESSURE_MS = 1_000
 FAULTS_MS = 300
 LEAST_SWAP_KIB = 64 << 10
 """Below this much room in swap nothing is reclaimed: the kernel needs some itself."""
+SPARE_BYTES = 16 << 20
+"""Left between what is brought back and the limit: pages on their way in cannot be reclaimed, and the kernel ends a process when it finds none that can."""
 SEND_AT_ONCE = 1_024
 
 
@@ -321,6 +323,9 @@ class MemoryMechanism:
         if kind == Decision.RECLAIM and swap_free_kib(self.root) < LEAST_SWAP_KIB:
             self._once("there is no room in swap (SwapFree in /proc/meminfo), so nothing can be reclaimed: add swap, or zram")
             return Outcome.CONGESTED, 0
+        if kind == Decision.BRING_BACK and self._room_bytes() < len(batches) * region.batch_bytes + SPARE_BYTES:
+            self._once("what is to be brought back does not fit under the cgroup's limit: it is left in swap, as the kernel would kill processes")
+            return Outcome.CONGESTED, 0
         if not region.process.alive():
             return Outcome.TARGET_GONE, 0
         advice = PAGEOUT if kind == Decision.RECLAIM else WILLNEED
@@ -339,6 +344,12 @@ class MemoryMechanism:
             region.reclaimed[batches] = False
         self.advised_kib["pageout" if kind == Decision.RECLAIM else "willneed"] += kib
         return Outcome.COMMITTED, kib
+
+    def _room_bytes(self) -> int:
+        try:
+            return self.cgroup.room_bytes()
+        except OSError:
+            return 0  # the cgroup is gone
 
     def _limit(self, limit_bytes: int) -> tuple[Outcome, int]:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -257,7 +258,7 @@ def test_a_limit_goes_while_its_agent_hangs_and_comes_back_with_its_first_sign_o
     world.until(lambda: world.limit() == limit)
     os.kill(agent, signal.SIGCONT)
     world.until(lambda: world.limit() == 100)
-    assert world.facts()["counters"]["silences"] == 1
+    assert world.facts()["counters"]["silences"] >= 1
     assert world.agent() == agent
 
 
@@ -315,3 +316,57 @@ def test_an_agent_on_another_machine_decides_over_zmq_and_a_limit_goes_when_it_i
     world.wave("agentd", url, "region_age", *(word for name, value in AGE.items() for word in ("--param", f"{name}={value}")), keys=dpu)
     world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
     assert world.ask("check") == "True"
+
+
+RESTLESS = """
+from waveos import memory
+from waveos.policy import Policy
+
+
+class Restless(Policy, subsystem=memory, name="restless", compiled=False):
+    '''Moves everything out and back, and the limit up and down, all the time.'''
+
+    def start(self):
+        self.regions, self.step = {}, 0
+
+    def region_mapped(self, msg, txns):
+        self.regions[msg.region] = msg
+        txns.wake_after(10_000_000)
+
+    def region_unmapped(self, msg, txns):
+        self.regions.pop(msg.region, None)
+
+    def timer_expired(self, msg, txns):
+        self.step += 1
+        memory.limit(txns, (0, 100 << 20, 130 << 20)[self.step % 3])
+        for each in self.regions.values():
+            move = memory.reclaim if self.step % 2 else memory.bring_back
+            for first in range(0, each.count, 64):
+                move(txns, each.region, first, (1 << min(64, each.count - first)) - 1, 1 << 40)
+        txns.wake_after(10_000_000)
+"""
+
+
+def test_whoever_is_killed_at_whatever_moment_no_limit_stays_and_no_page_is_lost(world, tmp_path):
+    limit, choice = world.limit(), random.Random(5)
+    path = tmp_path / "restless.py"
+    path.write_text(RESTLESS)
+    for victim in ("hostd", "agent", "hostd", "agent", "both"):
+        world.manage(f"{path}:Restless")
+        world.until(lambda: world.facts().get("counters", {}).get("advised_kib", {}).get("pageout", 0) > 0)
+        end = time.monotonic() + choice.random() / 2
+        while time.monotonic() < end:
+            world.ask("touch")
+        if victim != "hostd" and (agent := world.agent()):
+            os.kill(agent, signal.SIGKILL)
+        if victim == "agent":
+            world.until(lambda: world.facts()["agents_lost"] > 0)
+            world.hostd.terminate()
+            assert world.hostd.wait(DEADLINE_S) == 0
+        else:
+            world.hostd.kill()
+            world.hostd.wait()
+            assert restore([world.enclave])[1] == []
+        assert world.limit() == limit
+        assert world.ask("check") == "True"
+        assert world.application.poll() is None

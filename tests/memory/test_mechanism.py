@@ -474,3 +474,31 @@ def test_version_2_is_brought_down_by_reclaim_before_the_limit_is_set(tmp_path):
     assert host.cgroup("memory.high") == str(200 << 20)
     host.mechanism.close()
     host.journal.close()
+
+
+def test_nothing_is_brought_back_that_does_not_fit_under_the_limit(host):
+    host.pass_by()
+    host.cgroup("memory.usage_in_bytes", f"{190 << 20}\n")
+    host.order(Decision.LIMIT, region=-1, quota=200 << 20)
+    assert host.order(Decision.BRING_BACK, batches=0b1) == Outcome.CONGESTED
+    assert host.advised == []
+    assert any("does not fit under the cgroup's limit" in line for line in host.said)
+    host.cgroup("memory.usage_in_bytes", f"{100 << 20}\n")
+    assert host.order(Decision.BRING_BACK, batches=0b1) == Outcome.COMMITTED
+
+
+def test_a_limit_that_the_kernel_refuses_is_not_set_by_a_second_write(host, monkeypatch):
+    host.pass_by()
+    writes = []
+
+    def refuse(file, data):
+        writes.append(data)
+        host.cgroup("memory.limit_in_bytes", UNLIMITED + "\n")  # a file of the kernel's is not emptied when it is opened
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(os, "write", refuse)
+    monkeypatch.setattr(host.journal, "_append", lambda line: None)  # it writes by os.write, too
+    assert host.order(Decision.LIMIT, region=-1, quota=200 << 20) == Outcome.CONGESTED
+    monkeypatch.undo()
+    assert writes == [str(200 << 20).encode()]
+    assert host.mechanism.cgroup.given >= 1 << 62
