@@ -73,6 +73,8 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
         self.here[msg.instance] = Local(msg.instance, msg.tokens, msg.free, msg.cache_seq)
 
     def kv_held(self, msg, txns):
+        if not msg.tier & (serving.Tier.DEVICE | serving.Tier.HOST):
+            return
         tree = self.here[msg.instance].tree
         node = tree.add(msg.key, msg.cache_seq, msg.tokens)
         if msg.tier & serving.Tier.DEVICE:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from waveos import serving
-from waveos.agents.serving.fcfs import Fcfs, Local, Plan, Waiting
+from waveos.agents.serving.fcfs import Local, Plan, Waiting
+from waveos.agents.serving.storage import Tiered
 from waveos.agents.serving.tree import IN_QUEUE, Match, Node
 from waveos.policy import Param
 
 
-class Strata(Fcfs, subsystem=serving, name="strata", compiled=False):
+class Strata(Tiered, subsystem=serving, name="strata", compiled=False):
     """Defers what is being computed, balances loads against computation, decodes while a batch still loads; writes through what is used twice."""
 
     write_threshold: Param = 2

@@ -97,15 +97,17 @@ class Ranks:
             return died, results
         return died, None
 
-    def _hear(self, number: int) -> None:
+    def _hear(self, number: int) -> bool:
+        """Take an answer; False if the rank has died: its sentinel says so, too."""
         try:
             what, ticket, result = self._pipes[number].recv()
         except (EOFError, OSError):
-            return  # it died: its sentinel says so
+            return False
         if ticket == self._ticket:
             self._waiting.discard(number)
             self._results[number] = result
             self.aborted = self.aborted or what == "aborted"
+        return True
 
     def _bury(self, number: int) -> None:
         """A rank is gone, and its memory with it."""
@@ -129,11 +131,9 @@ class Ranks:
     def listen_again(self) -> None:
         """Hear answers; who dies now is found by the next `listen`."""
         pipes = {self._pipes[number]: number for number in self._waiting}
-        dead = [number for number in self._waiting if not self._processes[number].is_alive() and not self._pipes[number].poll()]
-        for number in dead:
-            self._waiting.discard(number)
         for each in wait(list(pipes), 0.05):
-            self._hear(pipes[each])  # type: ignore[index]
+            if not self._hear(pipes[each]):  # type: ignore[index]
+                self._waiting.discard(pipes[each])  # type: ignore[index]
         self._results = {} if not self._waiting else self._results
 
     def close(self) -> None:

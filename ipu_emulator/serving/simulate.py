@@ -22,7 +22,7 @@ from waveos.ipu_emulator.serving.node import BatchRecord, Clock, Node
 from waveos.ipu_emulator.serving.workload import Ask, Workload
 from waveos.names import nearest
 from waveos.policy import load_policy
-from waveos.policy.plain import PlainRuntime
+from waveos.policy.plain import NEVER_NS, PlainRuntime
 from waveos.record import VERSION
 from waveos.serving import Placement
 from waveos.serving.engine import Block, Request
@@ -71,6 +71,7 @@ class Setup:
     link: str = "mount-evans"
     in_flight: int = 0
     host_bytes: float | None = None
+    storage_bytes: float = 0.0
     placement: Placement = Placement.HYBRID
     constants: Constants = field(default_factory=load_constants)
 
@@ -123,7 +124,8 @@ class Simulation:
         host_bytes = setup.constants.given.host_bytes if setup.host_bytes is None else setup.host_bytes
         host_tokens = min(2**31 - 1, int(host_bytes / costs[0].kv_bytes / setup.instances))
         self.clock = Clock()
-        self.node = Node(self.clock, costs, [host_tokens] * setup.instances)
+        storage_tokens = min(2**31 - 1, int(setup.storage_bytes / costs[0].kv_bytes / setup.instances))
+        self.node = Node(self.clock, costs, [host_tokens] * setup.instances, storage_tokens)
         self.mechanism = self.node.mechanism
         self.node.on_first, self.node.on_done = self._first, self._done
         self.runtime = runtime or PlainRuntime(load_policy(setup.system.policy), dict(setup.system.params))
@@ -219,7 +221,7 @@ class Simulation:
         if self._pumping:
             return
         messages = self.mechanism.take_messages()
-        if not len(messages):
+        if not len(messages) and self.runtime.next_timer_ns > self.clock.now_ns:
             return
         end = np.zeros(1, serving.MESSAGE)
         end["version"], end["subsystem"], end["type"] = VERSION, serving.SUBSYSTEM, serving.Message.BATCH_END
@@ -235,6 +237,8 @@ class Simulation:
         self.mechanism.now_ns = self.clock.now_ns
         if len(decisions):
             self.mechanism.commit(decisions)
+        if self.runtime.next_timer_ns < NEVER_NS:
+            self.clock.at(self.runtime.next_timer_ns, self._pump)
 
     def _result(self, wall_s: float) -> Result:
         executors = self.node.executors

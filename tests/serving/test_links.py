@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from waveos import serving
 from waveos.ipu_emulator.serving.cost import load_constants
 from waveos.ipu_emulator.serving.simulate import Setup, Simulation, load_system
 from waveos.ipu_emulator.serving.workload import make_workload
+from waveos.keys import Keys
 from waveos.link import open_link
 from waveos.policy import load_policy
 from waveos.policy.plain import PlainRuntime
@@ -56,8 +58,9 @@ class Across(Simulation):
                 self.clock.step()
 
 
-def start(url):
-    return subprocess.Popen([sys.executable, "-P", "-m", "waveos.agents.agentd", url, "strata"], stdout=subprocess.DEVNULL)
+def start(url, **environment):
+    command = [sys.executable, "-P", "-m", "waveos.agents.agentd", url, "strata"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("kills", [0, 1])
@@ -118,3 +121,27 @@ def test_an_agent_that_comes_later_knows_what_running_requests_keep_on_the_devic
     host.mechanism.request_done(host.mechanism.requests[1])
     decided = runtime.feed(np.concatenate([host.mechanism.take_messages(), end]))
     assert decided["type"].tolist() == [serving.Decision.EVICT, serving.Decision.FORM_BATCH, serving.Decision.PART]
+
+
+def test_every_request_is_served_by_an_agent_across_the_network(tmp_path, monkeypatch):
+    """Keys of two machines, encrypted, on loopback."""
+    zmq = pytest.importorskip("zmq", reason="the network link needs pyzmq: pip install 'waveos[agent]'")
+    assert zmq.has("curve")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"zmq+tcp://dpu@127.0.0.1:{free.getsockname()[1]}"
+    ours, theirs = Keys(tmp_path / "host"), Keys(tmp_path / "dpu")
+    ours.add("dpu", theirs.new().public)
+    theirs.add("host", ours.new().public)
+    monkeypatch.setenv("WAVE_KEYS", str(ours.folder))
+    agent = start(url.replace("dpu@", ""), WAVE_KEYS=str(theirs.folder))
+    host = open_link(url, side="host", subsystem=serving)
+    try:
+        workload = make_workload("loogle", 20.0, load_constants().fitted, queries=30)
+        across = Across(Setup(load_system("strata")), workload, host, lambda done: None)
+        across.run_across()
+        assert across.outputs == sum(ask.outputs for ask in workload.asks)
+        assert agent.poll() is None
+    finally:
+        host.close()
+        agent.terminate()
+        agent.wait(10)

@@ -180,14 +180,14 @@ def test_ranks_killed_in_mid_prefill_do_not_change_a_token(killed, wanted):
 
 def test_one_rank_after_another_dies_until_one_is_left_and_then_it_is_said(wanted):
     with Run("failsafe") as run:
-        run.submit(1)
+        run.engine.submit(1, PROMPTS[1], 60)
         for rank in range(7):
             said = len(run.said.get(1, ()))
             run.until_true(lambda said=said: len(run.said.get(1, ())) > said)
             run.killed_in_a_step(rank)
             run.until_true(lambda rank=rank: len(run.engine.sharding.ranks) == 7 - rank)
         run.finish()
-        assert answers(run, 1) == [wanted[1]]
+        assert run.said[1][:OUTPUTS] == wanted[1] and len(run.said[1]) == 60
         run.engine.kill(7)
         with pytest.raises(WaveError, match="the last rank has died"):
             run.until_true(lambda: False)
@@ -215,12 +215,12 @@ def test_kv_of_a_lost_rank_that_was_wrongly_thought_to_be_there_would_change_the
 
 
 def test_a_cache_in_files_outlives_its_engine_and_its_tokens_are_the_same(tmp_path, wanted):
-    with Run("strata", {"write_threshold": 1, "storage": 1}, storage=tmp_path) as run:
+    with Run("strata", {"write_threshold": 1, "store_threshold": 1}, storage=tmp_path) as run:
         run.submit(0)
         run.finish()
         stored = run.engine.mechanism.instances[0]
         run.until_true(lambda: sum(bool(block.tiers & Tier.STORAGE) for block in stored.blocks.values()) >= 15)
-    with Run("strata", {"storage": 1}, storage=tmp_path) as run:
+    with Run("strata", {"prefetch_wait_ms": 60_000}, storage=tmp_path) as run:
         run.submit(2)
         run.finish()
         assert answers(run, 2) == [wanted[2]]

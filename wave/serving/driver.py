@@ -41,7 +41,7 @@ class InProcess:
     def exchange(self, mechanism: Mechanism, wait_ns: int = 0) -> bool:
         """Messages there, decisions back; True if there were any."""
         told = mechanism.take_messages()
-        if not len(told):
+        if not len(told) and self.runtime.next_timer_ns > mechanism.now_ns:
             return False
         self._end["time_ns"] = mechanism.now_ns
         mechanism.commit(self.runtime.feed(np.concatenate([told, self._end])))

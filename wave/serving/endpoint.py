@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -114,7 +114,8 @@ class Answer:
     def grow(self, token: int) -> str:
         """Take a token; the text that can be told now."""
         self.text += decode([token])
-        return self._until(len(self.text) - max((len(each) - 1 for each in self.stops), default=0))
+        held = max((len(each) - (not self.text.endswith(each)) for each in self.stops), default=0)
+        return self._until(len(self.text) - held)
 
     def end(self, reason: str) -> str:
         """Take the end; the text that is left, without the stop sequence."""
@@ -244,7 +245,12 @@ class Endpoint:
         first = await self._first(request, answers, events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         name = kind + (".chunk" if kind.startswith("chat") else "")
-        return StreamingResponse(self._stream(answers, events, {**about, "object": name}, usage, first), media_type="text/event-stream")
+        return _Stream(self._stream(answers, events, {**about, "object": name}, usage, first), lambda: self._leave(answers))
+
+    def _leave(self, answers: list[Answer]) -> None:
+        """Who asked has gone, or has all."""
+        for answer in answers:
+            self.service.leave(answer.ask.number)
 
     async def _first(self, request: HttpRequest, answers: list[Answer], events: Any) -> tuple[int, str, Any]:
         """The first event, before the stream begins: what fails until then is an error of the API with its status."""
@@ -260,8 +266,7 @@ class Endpoint:
         try:
             yield
         except BaseException:
-            for answer in answers:
-                self.service.leave(answer.ask.number)
+            self._leave(answers)
             raise
 
     async def _whole(self, request: HttpRequest, answers: list[Answer], events: Any, about: dict[str, Any]) -> Response:
@@ -288,24 +293,37 @@ class Endpoint:
             choice = {"index": index, **delta, "logprobs": None, "finish_reason": reason}
             return _event({**about, "choices": [choice], **({"usage": None} if usage else {})})
 
-        async with self._kept(answers):
-            if chat:
-                yield chunk(0, "", None, role=True)
-            event: tuple[int, str, Any] | None = first
-            while any(each.reason is None for each in answers):
-                at, what, value = event or await events.get()
-                event = None
-                if what == "failed":
-                    yield _event(ApiError(503, str(value)).body)
-                    return
-                text = answers[at].grow(value) if what == "token" else answers[at].end(value)
-                if text:
-                    yield chunk(at, text, None)
-                if what == "done":
-                    yield chunk(at, "", answers[at].reason)
-            if usage:
-                yield _event({**about, "choices": [], "usage": _usage(answers)})
-            yield "data: [DONE]\n\n"
+        if chat:
+            yield chunk(0, "", None, role=True)
+        event: tuple[int, str, Any] | None = first
+        while any(each.reason is None for each in answers):
+            at, what, value = event or await events.get()
+            event = None
+            if what == "failed":
+                yield _event(ApiError(503, str(value)).body)
+                return
+            text = answers[at].grow(value) if what == "token" else answers[at].end(value)
+            if text:
+                yield chunk(at, text, None)
+            if what == "done":
+                yield chunk(at, "", answers[at].reason)
+        if usage:
+            yield _event({**about, "choices": [], "usage": _usage(answers)})
+        yield "data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """A stream that tells when it has ended, however: a client may go away before its first byte."""
+
+    def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]) -> None:
+        super().__init__(content, media_type="text/event-stream")
+        self._ended = ended
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _read(request: HttpRequest, kind: Any) -> Any:

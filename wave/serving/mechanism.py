@@ -90,6 +90,8 @@ class Mechanism:
         pools = {DEVICE: device_tokens, HOST: host_tokens, STORAGE: storage_tokens}
         instance = self.instances[number] = Instance(number, ranks, pools, dict(pools), heads=heads)
         self._say(Message.INSTANCE_NEW, instance=number, count=ranks, outputs=heads, tokens=device_tokens, free=host_tokens)
+        if storage_tokens:
+            self._say(Message.MEMORY_LEVEL, instance=number, tier=STORAGE, free=storage_tokens)
         return instance
 
     def arrive(self, number: int, prompt: int, outputs: int, blocks: Sequence[int], sizes: Sequence[int], instance: int = 0) -> Request:
@@ -106,7 +108,7 @@ class Mechanism:
         told = _context(number, self.now_ns, blocks, sizes)
         self._say(Message.REQUEST_ARRIVED, request=number, seq=1, instance=instance, tokens=prompt, outputs=outputs, count=len(told))
         self._out.append(told)
-        if home.capacity[STORAGE] and (stored := self._stored_prefix(home, request)):
+        if stored := self._stored_prefix(home, request):
             self._say(Message.PREFIX_MATCHED, request=number, seq=1, instance=instance, tokens=stored, tier=STORAGE)
         return request
 
@@ -138,12 +140,13 @@ class Mechanism:
         for part in batch.parts:
             request = part.request
             request.chunks -= 1
-            self._hold(instance, request, part.begin + part.tokens)
-            if request.state == "gone":
+            if request.state == "gone":  # what was computed for it is nobody's: its agent has been told, or is told now, that it is gone
                 if not request.chunks:
                     self._forget(instance, request)
                     self._say(Message.REQUEST_GONE, request=request.number, seq=request.seq, instance=instance.number, free=instance.free[DEVICE])
-            elif part.begin + part.tokens == request.prompt:
+                continue
+            self._hold(instance, request, part.begin + part.tokens)
+            if part.begin + part.tokens == request.prompt:
                 request.state = "decoding"
                 complete.append(request)
         done = sum(part.tokens for part in batch.parts)
@@ -285,7 +288,7 @@ class Mechanism:
         self._say(Message.RESYNC)
         broken: list[Instance] = []
         for instance in self.instances.values():
-            free, instance.asked = instance.free[DEVICE], False
+            instance.asked = False
             self._say(
                 Message.INSTANCE_NEW,
                 instance=instance.number,
@@ -297,8 +300,8 @@ class Mechanism:
             )
             for key in instance.blocks:
                 self._say_held(instance, key)
-            for tier in (DEVICE, HOST):
-                self._say(Message.MEMORY_LEVEL, instance=instance.number, tier=tier, free=free if tier == DEVICE else instance.free[HOST])
+            for tier in (DEVICE, HOST, *([STORAGE] if instance.capacity[STORAGE] else [])):
+                self._say(Message.MEMORY_LEVEL, instance=instance.number, tier=tier, free=instance.free[tier])
             if not instance.alive:
                 broken.append(instance)
         for request in self.requests.values():
@@ -318,6 +321,8 @@ class Mechanism:
             self._out.append(told)
             if request.computed and not begun:
                 self._say(Message.REQUEST_RETURNED, request=number, seq=seq, instance=at, tokens=request.computed)
+            elif not begun and (stored := self._stored_prefix(self.instances[at], request)):
+                self._say(Message.PREFIX_MATCHED, request=number, seq=seq, instance=at, tokens=stored, tier=STORAGE)
         for instance in broken:
             self._say(Message.RANK_FAILED, instance=instance.number, count=instance.living, cache_seq=instance.cache_seq)
 
@@ -616,6 +621,8 @@ class Mechanism:
     def _stored_prefix(self, instance: Instance, request: Request) -> int:
         """Tokens from the request's first on that some tier holds, if storage has to give any of them."""
         end, stored = 0, 0
+        if not instance.capacity[STORAGE]:
+            return 0
         for key, size in zip(request.blocks, request.sizes, strict=True):
             block = instance.blocks.get(key)
             if block is None:

@@ -1,0 +1,167 @@
+"""The report of serving: curves, hits by tier, a timeline, balance and recovery, as one HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from waveos.errors import ConfigError
+
+_TIERS = {"device": "#0072b2", "host": "#56b4e9", "storage": "#a23b8c", "computed": "#c9ced6"}
+_TRACKS = {
+    "prefill": "#0072b2",
+    "stall": "#c44e00",
+    "decode": "#00845f",
+    "load": "#56b4e9",
+    "back up": "#8a6a00",
+    "storage": "#a23b8c",
+    "agent": "#5b6470",
+}
+
+
+def render_report(results: Mapping[str, Any]) -> str:
+    """The report's HTML: nothing is fetched when it is opened. Raises ConfigError if these are no results of serving."""
+    if results.get("subsystem") != "serving" or "curves" not in results:
+        raise ConfigError("these are no results of serving; `wave bench serving_report --out FILE` draws some")
+    parts = [
+        (
+            "TTFT against throughput",
+            _curves(results["curves"]),
+            "Each point is one offered load; a curve ends where more load brings no more tokens.",
+        ),
+        ("Where the tokens of prompts came from", _hits(results["hits"]), "At the load at which each system is saturated; the last with storage."),
+        (
+            "What an instance does, for some seconds",
+            _timeline(results["timeline"]),
+            "Strata: a batch waits for KV where stalls are drawn. The agent's bars are the way there, the decision and the way back.",
+        ),
+        (
+            "Work of the ranks",
+            _balance(results["balance"]),
+            "Attention of each rank over an even share; 1 is balance, and all wait for the highest bar.",
+        ),
+        ("After the loss of a GPU", _recovery(results["recovery"]), "Llama-3.1-70B on eight H100s that become seven at 0 s; means of 0.1 s."),
+        (
+            "What an iteration costs the host",
+            _costs(results["costs"]),
+            "Written and read across the link, beside what the policy would take of the host.",
+        ),
+    ]
+    body = "".join(f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><figure>{figure}</figure>" for title, figure, note in parts)
+    return _PAGE.format(name=html.escape(str(results["name"])), timing=html.escape(str(results["timing"])), body=body)
+
+
+def _figure(height: float = 3.4, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _curves(curves: Mapping[str, Any]) -> str:
+    figure, (axes,) = _figure(4.0)
+    for name, points in curves.items():
+        axes.plot([each["throughput"] for each in points], [each["ttft_s"] for each in points], marker="o", markersize=4, label=name)
+    axes.set_xlabel("output tokens/s")
+    axes.set_ylabel("mean TTFT, s")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return _svg(figure)
+
+
+def _hits(hits: Mapping[str, Any]) -> str:
+    figure, (axes,) = _figure(0.5 * len(hits) + 1.0)
+    names = list(hits)[::-1]
+    left = [0.0] * len(names)
+    for tier, colour in _TIERS.items():
+        shares = [max(0.0, hits[name].get(tier, 0.0)) for name in names]
+        axes.barh(names, shares, left=left, color=colour, label=tier, height=0.6)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the prompts' tokens")
+    axes.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure)
+
+
+def _timeline(spans: Mapping[str, Any]) -> str:
+    figure, (axes,) = _figure(3.2)
+    tracks = [track for track in _TRACKS if spans.get(track)][::-1]
+    for at, track in enumerate(tracks):
+        axes.broken_barh(spans[track], (at - 0.35, 0.7), facecolors=_TRACKS[track], linewidth=0)
+    axes.set_yticks(range(len(tracks)), tracks)
+    axes.set_xlabel("virtual time, s")
+    begin = min((each[0] for track in tracks for each in spans[track]), default=0.0)
+    axes.set_xlim(max(0.0, begin), begin + 6.0)
+    axes.grid(alpha=0.3, axis="x")
+    return _svg(figure)
+
+
+def _balance(balance: Mapping[str, Any]) -> str:
+    figure, panels = _figure(2.8, len(balance))
+    for axes, (name, each) in zip(panels, balance.items(), strict=True):
+        ranks = range(len(each["uneven"]))
+        axes.bar([rank - 0.2 for rank in ranks], each["uneven"], 0.38, color="#c9ced6", label="uneven sharding")
+        axes.bar([rank + 0.2 for rank in ranks], each["failsafe"], 0.38, color="#0072b2", label="FailSafe: homes")
+        axes.axhline(1.0, color="0.4", linewidth=0.8, linestyle=":")
+        axes.set_title(name, fontsize="small")
+        axes.set_xlabel("rank")
+    panels[0].set_ylabel("attention over an even share")
+    panels[0].legend(frameon=False, fontsize="small", loc="lower left")
+    return _svg(figure)
+
+
+def _recovery(recovery: Mapping[str, Any]) -> str:
+    figure, (axes,) = _figure()
+    for name, points in recovery.items():
+        wide = 5
+        means = [sum(each[1] for each in points[at : at + wide]) / wide for at in range(0, len(points) - wide + 1, wide)]
+        axes.plot([points[at][0] for at in range(0, len(points) - wide + 1, wide)], means, label=name, linewidth=1.3, drawstyle="steps-post")
+    axes.axvline(0.0, color="0.4", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("s since the failure")
+    axes.set_ylabel("tokens/s decoded")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", ncols=4)
+    return _svg(figure)
+
+
+def _costs(costs: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{each['link_us']:.2f}</td><td>{each['freed_us']:.1f}</td></tr>" for name, each in costs.items()
+    )
+    head = "<tr><th>system</th><th>link, µs of the host an iteration</th><th>policy, µs of the host freed an iteration</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _svg(figure: Any) -> str:
+    from waveos.report.memory import _svg as draw
+
+    return draw(figure)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} · Wave</title>
+<style>
+body {{ margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: #fff; color: #1c2026; font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 4px 12px; text-align: right; border-bottom: 1px solid #e4e7eb; }}
+th:first-child, td:first-child {{ text-align: left; }}
+svg {{ display: block; width: 100%; height: auto; }}
+h2 {{ font-size: 1.15rem; margin: 2rem 0 .2rem; }}
+p {{ margin: .2rem 0; color: #5b6470; font-size: .92rem; }}
+figure {{ margin: .4rem 0 0; }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>Timing: {timing}. The emulated engine in virtual time.</p>
+{body}
+</body>
+</html>
+"""
