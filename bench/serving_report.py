@@ -237,7 +237,7 @@ def recovery(kind: Recovery) -> list[tuple[float, float]]:
     asks = read_mooncake(bundled_trace(), 400).asks
     gap = round(S * 0.05)
     evenly = Workload("evenly", [type(ask)(number * gap, ask.prompt, ask.outputs, ask.blocks, ask.sizes) for number, ask in enumerate(asks)])
-    params = {"write_threshold": 1e9} if kind is Recovery.RECOMPUTE else {}
+    params: dict[str, Any] = {"write_threshold": 1e9} if kind is Recovery.RECOMPUTE else {}
     simulation = Simulation(failsafe_setup("llama-3.1-70b", "h100", 8, "failsafe", recovery=float(kind), **params), evenly)
     simulation.clock.at(round(FAILS_S * S), simulation.node.fail, 0, 7)
     executor, node = simulation.node.executors[0], simulation.node

@@ -89,7 +89,7 @@ class Ranks:
         for each in ready:
             if each in pipes:
                 self._hear(pipes[each])
-        died = [sentinels[each] for each in ready if each in sentinels]  # type: ignore[index]
+        died = [sentinels[each] for each in ready if each in sentinels]
         for number in died:
             self._bury(number)
         if self._results and not self._waiting:
@@ -132,8 +132,8 @@ class Ranks:
         """Hear answers; who dies now is found by the next `listen`."""
         pipes = {self._pipes[number]: number for number in self._waiting}
         for each in wait(list(pipes), 0.05):
-            if not self._hear(pipes[each]):  # type: ignore[index]
-                self._waiting.discard(pipes[each])  # type: ignore[index]
+            if not self._hear(pipes[each]):
+                self._waiting.discard(pipes[each])
         self._results = {} if not self._waiting else self._results
 
     def close(self) -> None:

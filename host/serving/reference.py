@@ -123,6 +123,10 @@ class Reference:
         self._adopt(self._settled)
         if self._files:
             self._find_stored()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let what is under way end."""
         while self._then is not None:
             self.advance(1.0)
 
