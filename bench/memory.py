@@ -1,7 +1,7 @@
 """Memory: what finding cold pages saves and costs, in the model, in the policy's own code, and on this machine.
 
-`model_*` figures are of virtual time; `policy_*`, `numpy_*` and `iteration_*` are CPU time of the policy's step, measured; `live_*` are measured on a real
-RocksDB, and are there where zram, root and the kernel allow. `published_*` are others' results on other systems, beside, not matched.
+`model_*` and `safeguard_*` figures are of virtual time; `policy_*`, `numpy_*` and `iteration_*` are CPU time of the policy's step, measured; `live_*` are
+measured on a real RocksDB, and are there where zram, root and the kernel allow. `published_*` are others' results on other systems, beside, not matched.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from waveos.bench import memory_live, memory_model, memory_step
+from waveos.bench import memory_live, memory_model, memory_safeguards, memory_step
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
 
-PARTS = ("step", "model", "live")
+PARTS = ("step", "model", "safeguards", "live")
 OPTIONS = {
     "quick": (False, "a small copy in some 100 s: less of the model, and live a quarter of the memory with all times a quarter, side by side only"),
     "parts": (",".join(PARTS), "which parts, with commas between"),
@@ -64,6 +64,10 @@ def run(
         modelled, said = memory_model.measure(gib, duration_s, seed, quick)
         metrics |= modelled
         lines += said
+    if "safeguards" in wanted:
+        guarded = memory_safeguards.measure()
+        metrics |= guarded
+        lines.append(memory_safeguards.judge(guarded))
     if "live" in wanted:
         plan = memory_live.QUICK if quick else memory_live.Plan(gib=live_gib)
         try:
