@@ -380,8 +380,9 @@ def forward(forwarder: Any, client: Any, host: Any, frames: Any, runtime: Any, m
     f, c, h, stack, rt, m = forwarder[0], client[0], host[0], frames[0], runtime[0], message[0]
     if not f.started:
         f.started, f.free_n = 1, MAX_REQUESTS
+        begun = clock_ns() >> 12 & 0x3FFFF  # so that a late reply to the agent before carries no ticket of ours
         for slot in range(MAX_REQUESTS):
-            f.free[slot] = slot
+            f.free[slot], f.slot[slot].seq = slot, begun
         f.table[:] = -1
         for worker in range(rt.workers):
             _say(rt, m, WORKER_NEW, -1, worker, 0, clock_ns())
