@@ -9,6 +9,7 @@ saturation     the highest offered load whose backlog stays bounded: drained wit
 at 70 %        of the saturation of the kernel's default
 decision_      from the kernel's event until the agent has it, until it has decided, until the host has done it (agent and host count each; _rtt_ is their sum,
                drawn from the three as if independent)
+runqlat_       how long the workers waited for the CPU once they could run, as the kernel's tracepoints say (wave probe runqlat), in windows of their own
 hackbench      what hostd costs who is not in the enclave: hackbench on the same CPU, with and without, in turns
 predicted_     by the emulator, from costs that were measured here one by one (bench/live_costs.py), none of them from the loads that it predicts
 """
@@ -34,8 +35,9 @@ from waveos.bench.live_schedulers import KERNEL, TUNED, WAVE, Enclave
 from waveos.bench.live_window import Window, look_back, read_usage
 from waveos.bench.machine import describe_machine
 from waveos.cli.terminal import talk
-from waveos.errors import ConfigError, WaveError
+from waveos.errors import ConfigError, MissingError, WaveError
 from waveos.host import rocksdb
+from waveos.host.probes import Probe, Target
 from waveos.host.service import Service, client_on, draw_load
 
 OPTIONS = {
@@ -179,6 +181,7 @@ class Bench:
         metrics["throttled_share"] = metrics["wave_throttled_share"]
         metrics |= decision_times(at_load, plan.seed)
         metrics["hostd_cpu_share"] = median(each["hostd"]["spent_ns"] * 1e-9 / each["hostd"]["spent_s"] for each in at_load)
+        metrics |= self._probed((KERNEL, WAVE), rate)
         metrics |= self._hackbench()
         metrics |= costs.metrics()
         wave = enforcement(at_load, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us)
@@ -232,6 +235,21 @@ class Bench:
         best = min(windows, key=lambda window: window.foreign_share)
         self.noisy.append(best.foreign_share > NOISY_SHARE)
         return best
+
+    def _probed(self, names: tuple[str, ...], rate_per_s: float) -> dict[str, float]:
+        """What the kernel says of the same load, independent of what Wave and the client count; nothing where there are no probes."""
+        plan, metrics = self.plan, dict[str, float]()
+        for name in names:
+            _tell(f"{name} at {rate_per_s:,.0f} requests/s, watched by a probe")
+            try:
+                with self._under(name) as serve, Probe("runqlat", Target(tuple(self.service.pids))) as probe:
+                    serve(rate_per_s, plan.seconds, plan.seed)
+                    told = probe.stop()
+            except MissingError as error:
+                talk(f"live: no figures from the kernel's own probes: {error}")
+                return {}
+            metrics |= {f"{name}_runqlat_{which}": told[which] for which in ("p50_us", "p99_us")}
+        return metrics
 
     def _hackbench(self) -> dict[str, float]:
         """Time of hackbench on the host CPU, with hostd there for others, as a share of that without, less 1; nothing without hackbench."""

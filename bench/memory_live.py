@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,8 @@ def measure(plan: Plan, policies: Sequence[str] = RUNS, sets: Sequence[str] = SE
             raise ConfigError(f"--{name}: no {unknown[0]!r}{nearest(unknown[0], known)}; there are: {', '.join(known)}")
     metrics: dict[str, float] = {}
     runs = []
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hostd, the database and the swap end with us
     with Live(plan, watch=out is not None) as live:
         for kind in sets:
             made = {policy: [] for policy in policies}  # type: dict[str, list[dict[str, Any]]]

@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from waveos.host import changes
 from waveos.host.doors import ask
 from waveos.host.memory.procfs import swap_free_kib
 from waveos.host.memory.zram import Zram
-from waveos.host.restore import Journal, restore
+from waveos.host.restore import Journal, path_of, restore
 from waveos.keys import Keys
 from waveos.paths import cache_dir
 from waveos.process import start_time
@@ -111,6 +112,7 @@ class World:
                 self.hostd.kill()
                 self.hostd.wait()
         restore([self.enclave])
+        shutil.rmtree(path_of(self.enclave).parent, ignore_errors=True)  # a killed one's sockets
 
     def _start(self, command, inside=False, **more):
         def enter():
