@@ -160,8 +160,8 @@ class TestErrorsAreTheApisOwn:
 
 def test_clients_that_go_away_in_mid_stream_leave_nothing_running_and_others_go_on(server, client):
     before = _metrics(server[1]).get('vllm:request_success_total{finished_reason="abort",model_name="wave-reference"}', 0.0)
-    streams = [_chat(client, f"long {number} " * 60, max_tokens=2_000, stream=True) for number in range(3)]
-    for stream in streams:
+    for number in range(3):
+        stream = _chat(client, f"long {number} " * 60, max_tokens=2_000, stream=True)
         next(iter(stream))
         stream.close()
     with pytest.raises(openai.APITimeoutError):
