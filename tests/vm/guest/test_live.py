@@ -141,6 +141,7 @@ def test_programs_run_to_their_end_under_a_policy(world, policy):
     nothing_is_left(world)
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_killed_is_followed_by_another_and_all_finish(world):
     hostd = world.hostd(*POLICIES["fifo"], "--", sys.executable, "-S", "-c", WORKERS, str(world.end))
     os.kill(world.rules()["agent"]["pid"], signal.SIGKILL)
@@ -165,6 +166,7 @@ def test_when_hostd_is_killed_the_kernel_has_its_threads_and_all_finish(world):
     nothing_is_left(world)
 
 
+@pytest.mark.slow
 def test_a_silent_agent_gives_way_to_fifo_then_to_the_kernel_and_takes_over_again_when_it_wakes(world):
     workers = world.workers()
     hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
