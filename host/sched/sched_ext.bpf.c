@@ -30,7 +30,7 @@
  * - Agents come and go under the lock; a decision made for another generation of the ring has another mark.
  *
  * The kernel's own watch (timeout_ms, 30 s is the most it allows) ends a scheduler under which a runnable thread has waited so long, whoever
- * decided that. hostd then lets the threads be, says why, and registers anew for the agent that comes back.
+ * decided that: a policy without preemption may. hostd then lets the threads be, says why, and registers anew for the agent that comes back.
  */
 #include "wave.bpf.h"
 #include "scx.h"
