@@ -71,7 +71,8 @@ def run(
     if "live" in wanted:
         plan = memory_live.QUICK if quick else memory_live.Plan(gib=live_gib)
         try:
-            measured = memory_live.measure(
+            sets = live_sets.split(",") if live_sets else memory_live.SETS
+            measured = memory_live.measure(plan, live_policies.split(","), sets, live_repeats, Path(live_out) if live_out else None)
                 plan,
                 live_policies.split(","),
                 (live_sets or ",".join(memory_live.SETS)).split(","),

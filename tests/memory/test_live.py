@@ -1,6 +1,6 @@
 """Memory on a real kernel: a process, hostd and an agent, and what is left when one of them is killed.
 
-Here with cgroups of version 1, in a guest with version 2 and DAMON: `pytest tests/vm tests/memory/test_live.py -k 'in_a_vm_or_here' --guests=6.17`.
+Here with cgroups of version 1 and referenced bits; `test_guest` runs some of these with version 2 and DAMON.
 """
 
 from __future__ import annotations
