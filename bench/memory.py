@@ -73,12 +73,6 @@ def run(
         try:
             sets = live_sets.split(",") if live_sets else memory_live.SETS
             measured = memory_live.measure(plan, live_policies.split(","), sets, live_repeats, Path(live_out) if live_out else None)
-                plan,
-                live_policies.split(","),
-                (live_sets or ",".join(memory_live.SETS)).split(","),
-                live_repeats,
-                Path(live_out) if live_out else None,
-            )
             metrics |= measured
             lines.append(memory_live.judge(measured))
         except MissingError as error:

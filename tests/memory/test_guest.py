@@ -1,4 +1,4 @@
-"""Memory in guests with other kernels (cgroups of version 2, DAMON for virtual addresses): `WAVE_GUESTS=6.17 pytest tests/memory/test_guest.py`, 3 minutes each."""
+"""Memory in guests with other kernels (cgroups of version 2, DAMON): `WAVE_GUESTS=6.17 pytest tests/memory/test_guest.py`, 3 minutes each."""
 
 from __future__ import annotations
 
