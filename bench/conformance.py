@@ -1,10 +1,10 @@
 """Does every policy decide the same in every world: a recorded stream replayed through each link, compiled and as plain Python.
 
 The stream is what the emulator feeds the policy under a load with preemptions, batch ends included; its decisions are first made without any link. Then the
-same bytes go through the virtual link and, to a real agentd process, through shared memory, each with WAVE_JIT=1 and 0: four runs a policy. Where this
-machine can (root, BTF, two CPUs) a real enclave runs under each policy, too. What its agent was told is replayed in the same way, and must give what it
-decided then: five runs more a policy. `identical_share` is the share of all these runs whose decisions are the same byte for byte. A stream ends with a
-resynchronisation that makes known decisions, so that a decision too many is seen as well as one too few.
+same bytes go through the virtual link and, to a real agentd process, through shared memory and the network link (on loopback), each with WAVE_JIT=1 and
+0: six runs a policy. Where this machine can (root, BTF, two CPUs) a real enclave runs under each policy, too. What its agent was told is replayed in the
+same way, and must give what it decided then: seven runs more a policy. `identical_share` is the share of all these runs whose decisions are the same byte
+for byte. A stream ends with a resynchronisation that makes known decisions, so that a decision too many is seen as well as one too few.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from waveos import ring
 from waveos.bench.conformance_live import record_live, why_not
 from waveos.bench.machine import describe_machine
+from waveos.bench.remote import free_port
 from waveos.errors import ConfigError, WaveError
+from waveos.keys import Keys
 from waveos.link import MESSAGES, open_link
 from waveos.policy import load_policy, policy_names
 from waveos.primitives import CoherentMemory
@@ -38,8 +41,10 @@ OPTIONS = {
 QUICK_MESSAGES, QUICK_LIVE_S = 5_000, 0.5
 CPUS, THREADS, AHEAD = 8, 512, 1
 LOAD_PER_S = 120_000
-WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://"}
+WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://", "zmq": "zmq+tcp://itself@127.0.0.1:"}
 CHUNK = 1_024
+START_S = 120.0
+"""An agent of a network link answers once its policy is compiled."""
 SILENCE_S = 30.0
 """An agent that answers nothing for so long is taken not to go on."""
 
@@ -147,11 +152,20 @@ def _with_end(stream: Any) -> Any:
 
 def replay(world: str, policy: str, stream: Any, expected: int, cpus: int = CPUS, threads: int = THREADS, ahead: int = AHEAD) -> Any:
     """The decisions that an agent of that world makes on the stream, [n] DECISION: `expected` of them, or more, or fewer if it falls silent."""
-    url = WORLDS[world] if world == "virtual" else f"{WORLDS[world]}conformance-{os.getpid()}"
-    host: Any = open_link(url, side="host")
-    try:
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        url = WORLDS[world]
+        if world == "shm":
+            url += f"conformance-{os.getpid()}"
+        elif world == "zmq":
+            keys = Keys(stack.enter_context(tempfile.TemporaryDirectory()))
+            keys.add("itself", keys.new().public)
+            url += str(free_port())
+            options = {"keys": keys, "silence_s": SILENCE_S}
+        host: Any = open_link(url, side="host", **options)
+        stack.callback(host.close)
         host.start_wave_agent(policy, "--replay", "--cpus", str(cpus), "--threads", str(threads), "--ahead", str(ahead))
-        host.await_agent(SILENCE_S)
+        host.await_agent(START_S)
         pieces, sent, got = [np.zeros(0, DECISION)], 0, 0
         heard_s = time.monotonic()
         while sent < len(stream) or got < expected:
@@ -170,8 +184,6 @@ def replay(world: str, policy: str, stream: Any, expected: int, cpus: int = CPUS
                 break
         pieces.append(host.poll_txns().copy())
         return np.concatenate(pieces)
-    finally:
-        host.close()
 
 
 def _room(host: Any) -> int:

@@ -98,7 +98,7 @@ class Relay:
                 if handed is not None and handed.doorbell >= 0 and (not has_flags or (decisions["flags"] & self._bell).any()):
                     ring_doorbell(handed.doorbell)
                 busy_ns = now_ns
-            messages = near.poll_messages(min(AT_ONCE, far.room()))
+            messages = near.poll_messages(min(AT_ONCE, far.room(n=AT_ONCE)))
             if m := len(messages):
                 self.counts["messages"] += m
                 if far.send_messages(messages) < m:

@@ -1,7 +1,7 @@
 """The agent's end of network links: one socket, many hosts. It lets in those whose key is known, and gives each of their enclaves a `ZmqAgent`.
 
 A `ZmqAgent` has two rings in this process's memory, so whoever decides uses it as any link, compiled loop or verbs; the exchange carries frames between
-rings and socket whenever it is stepped: by agentd's loop, or by the verbs of an agent that has the exchange to itself.
+rings and socket whenever agentd's loop steps it. An agent that has the exchange to itself steps it by its verbs, and needs no rings.
 
 ZeroMQ asks who may speak when a connection begins, and never again; so the key behind each frame is looked up anew, and what a revoked peer sends is dropped.
 """
@@ -16,29 +16,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from waveos import ring
 from waveos.errors import LinkError, WaveError
 from waveos.keys import NAME, Keys
 from waveos.link import MESSAGES, TXNS
 from waveos.link.frames import MAX_RECORDS, Frame, Kind, pack, pack_json, read_json, unpack
+from waveos.link.pipes import Lane, Pipe
 from waveos.link.session import Broken, Session
 from waveos.link.shm import Queue
-from waveos.link.verbs import BATCH, QueueVerbs, Records, Words
+from waveos.link.verbs import BATCH, QueueVerbs, Records
 from waveos.link.zmq import AT_ONCE, BEAT_NS, HOST_SILENCE_S, TICK_NS, make_socket, parse_url
-from waveos.primitives import CoherentMemory
-from waveos.record import RECORD_WORDS, VERSION
+from waveos.record import RECORD_BYTES, VERSION
 
 CAPACITY = 65_536
 """Records of an agent's ring of messages, at most; a host may ask for less."""
 TXNS_CAPACITY = 16_384
+HOST_SILENCE_NS = int(HOST_SILENCE_S * 1e9)
 MAX_ENCLAVES = 64
 """Of one address."""
 MAX_ROUTES = 1_024
+STREAM_BYTES = 1_024
+"""A frame as long as this is one of many."""
 SAID_EVERY_S = 60.0
 Facts = dict[str, Any]
 Accept = Callable[["Door", str, str, Facts], "ZmqAgent"]
@@ -58,8 +59,10 @@ class ZmqAgent(QueueVerbs):
         with contextlib.suppress(ValueError, TypeError):
             capacity = 1 << (max(2, min(int(self.facts.get("messages", CAPACITY)), CAPACITY)) - 1).bit_length()
         self.capacity = capacity
-        self._up = _Pipe("messages", capacity, subsystem.SUBSYSTEM, np.zeros(0, self._message), np.zeros(BATCH, self._message))
-        self._down = _Pipe("txns", TXNS_CAPACITY, subsystem.SUBSYSTEM, np.zeros(MAX_RECORDS, self._decision), np.zeros(0, self._decision))
+        self._up: Lane | Pipe = Lane(self._message, capacity) if alone else Pipe("messages", capacity, subsystem.SUBSYSTEM, self._message, BATCH)
+        self._down: Lane | Pipe = (
+            Lane(self._decision, TXNS_CAPACITY) if alone else Pipe("txns", TXNS_CAPACITY, subsystem.SUBSYSTEM, self._decision, MAX_RECORDS)
+        )
         self.host = self.policy = ""
         """Name of the host's key, and of the policy that it is told of."""
         self.session: Session | None = None
@@ -71,7 +74,7 @@ class ZmqAgent(QueueVerbs):
         self.asked: tuple[int, bytes, int] | None = None  # the session the host asks for, the way to it, its window of transactions
         self.route = b""
         self.heard_ns = self.beat_ns = 0
-        self._held: deque[bytes] = deque()
+        self._held: deque[memoryview] = deque()
         self._base = 0  # the consumer's position when the session began
 
     # What the exchange does with it
@@ -84,9 +87,9 @@ class ZmqAgent(QueueVerbs):
         if self.session is None or self.session.number != number:
             self.session = Session(number, self.subsystem.SUBSYSTEM, window, self.capacity)
             self._held.clear()
-            self._base = self._up.producer_next
-            while len(self._down.take(MAX_RECORDS)):  # decided on what is no more
-                self.stale += self._down.taken
+            self._base = self._up.put_in
+            while body := self._down.take(MAX_RECORDS):  # decided on what is no more
+                self.stale += len(body) // RECORD_BYTES
         self.heard_ns = time.monotonic_ns()
         told = {"messages": self.capacity, "pid": os.getpid(), "policy": self.policy}
         door.send(self, pack_json(Kind.WELCOME, VERSION, self.subsystem.SUBSYSTEM, number, told))
@@ -94,7 +97,7 @@ class ZmqAgent(QueueVerbs):
     def put(self, body: memoryview) -> None:
         """Records from the host, into the ring, or kept until there is room."""
         if self._held or not self._up.put(body):
-            self._held.append(bytes(body))
+            self._held.append(body)
 
     def carry(self, door: Door, now_ns: int) -> bool:
         """Frames for what has been decided and what is due; False if nothing was."""
@@ -103,17 +106,17 @@ class ZmqAgent(QueueVerbs):
             return False
         while self._held and self._up.put(self._held[0]):
             self._held.popleft()
-        session.taken = max(session.taken, self._up.consumer_next - self._base)
+        session.taken = max(session.taken, self._up.taken_out - self._base)
         session.lost = self._down.lost
         done = False
         while (n := min(session.room, MAX_RECORDS)) > 0:
-            records = self._down.take(n)
-            if not len(records):
+            body = self._down.take(n)
+            if not body:
                 break
             done = True
-            if not door.send(self, session.data(records.tobytes())):
+            if not door.send(self, session.data(body)):
                 return True
-            if len(records) < n:
+            if len(body) < n * RECORD_BYTES:
                 break
         if session.owes_credit or now_ns >= self.beat_ns:
             self.beat_ns = now_ns + BEAT_NS
@@ -123,7 +126,7 @@ class ZmqAgent(QueueVerbs):
     @property
     def busy(self) -> bool:
         """Messages wait for whoever decides."""
-        return self._up.producer_next != self._up.consumer_next
+        return self._up.put_in != self._up.taken_out
 
     # The link's verbs
 
@@ -131,11 +134,9 @@ class ZmqAgent(QueueVerbs):
         if queue != TXNS:
             raise LinkError(f"queue {queue} of {self.url} is not one of transactions; a network link has {TXNS}")
         self.check()
-        q = self._down.queue
-        words = np.ascontiguousarray(records).view(np.int64)
-        sent = int(ring.compiled().send(q.memory, q.own, words, len(records)))
+        sent = self._down.offer(records)
         if self._alone:
-            self._exchange.step(0)
+            self._exchange.carry(time.monotonic_ns())
         else:
             self._exchange.wake()
         return sent
@@ -143,20 +144,19 @@ class ZmqAgent(QueueVerbs):
     def _poll(self, queue: int, limit: int, wait_ns: int) -> Records:
         if queue != MESSAGES:
             raise LinkError(f"queue {queue} of {self.url} is not one of messages; a network link has {MESSAGES}")
-        q, end_ns = self._up.queue, 0
-        words = q.batch.view(np.int64)
+        end_ns = 0
         while True:
-            got = int(ring.compiled().poll(q.memory, q.own, words, min(limit, BATCH)))
-            if got:
-                return q.batch[:got]
+            got = self._up.get(min(limit, BATCH))
+            if len(got):
+                return got
             self.check()
             now_ns = time.monotonic_ns()
             end_ns = end_ns or now_ns + wait_ns
             if self._alone:
                 if not self._exchange.step(max(0, end_ns - now_ns)) and now_ns >= end_ns:
-                    return q.batch[:0]
+                    return got
             elif now_ns >= end_ns:
-                return q.batch[:0]
+                return got
             else:
                 time.sleep(0.000_1)
 
@@ -164,7 +164,10 @@ class ZmqAgent(QueueVerbs):
         """The queue of that number, for compiled loops."""
         if number not in (MESSAGES, TXNS):
             raise LinkError(f"{self.url} has no queue {number}; a network link has {MESSAGES} and {TXNS}")
-        return self._up.queue if number == MESSAGES else self._down.queue
+        pipe = self._up if number == MESSAGES else self._down
+        if isinstance(pipe, Lane):
+            raise LinkError(f"{self.url}: this agent is used by its verbs alone; agentd serves compiled loops")
+        return pipe.queue
 
     def overflowed(self, queue: int = MESSAGES) -> int:
         """How many records found that queue full."""
@@ -207,57 +210,6 @@ class ZmqAgent(QueueVerbs):
         self.close()
 
 
-class _Pipe:
-    """A ring in this process's memory, with both its sides: the exchange's, and that of who decides (`queue`)."""
-
-    def __init__(self, kind: str, capacity: int, subsystem: int, out: Records, batch: Records) -> None:
-        self._memory: Words = np.zeros(ring.words(capacity), np.int64)
-        ring.compiled().create(self._memory, capacity, VERSION, subsystem, 1)
-        producer, consumer = np.zeros(ring.OWN_WORDS, np.int64), np.zeros(ring.OWN_WORDS, np.int64)
-        ring.compiled().join_producer(self._memory, producer, VERSION, subsystem)
-        ring.compiled().join_consumer(self._memory, consumer, VERSION, subsystem)
-        self._producer, self._consumer, self._out = producer, consumer, out
-        sends = kind == "txns"
-        own, words = producer if sends else consumer, batch.view(np.int64)
-        addresses = np.array([number for array in (self._memory, own, words) for number in (array.ctypes.data, array.size)])
-        self.queue = Queue(kind, sends, self._memory, own, batch, addresses, addresses.ctypes.data)
-        self.taken = 0
-
-    def put(self, body: bytes | memoryview) -> bool:
-        """Put the records into the ring if there is room for all of them."""
-        words = np.frombuffer(bytearray(body), np.int64)
-        n = len(words) // RECORD_WORDS
-        if self._producer[ring.NEXT] - self._consumer[ring.NEXT] + n > self._producer[ring.CAPACITY]:
-            return False
-        if (
-            self._producer[ring.NEXT] - self._producer[ring.CREDIT] + n > self._producer[ring.CAPACITY]  # as it was when last read
-            and ring.room(CoherentMemory(self._memory), self._producer, n) < n
-        ):
-            return False
-        ring.compiled().send(self._memory, self._producer, words, n)
-        return True
-
-    def take(self, n: int) -> Records:
-        """Up to n records out of the ring; they hold until the next call."""
-        self.taken = int(ring.compiled().poll(self._memory, self._consumer, self._out.view(np.int64), n))
-        return self._out[: self.taken]
-
-    @property
-    def producer_next(self) -> int:
-        """Records put in so far."""
-        return int(self._producer[ring.NEXT])
-
-    @property
-    def consumer_next(self) -> int:
-        """Records taken out so far."""
-        return int(self._consumer[ring.NEXT])
-
-    @property
-    def lost(self) -> int:
-        """Records that found it full."""
-        return int(self._producer[ring.LOST])
-
-
 class Door:
     """One address at which hosts of one subsystem arrive."""
 
@@ -270,6 +222,7 @@ class Door:
         self.socket.curve_server = True
         self.socket.zap_domain = b"wave"
         self.socket.router_mandatory = True
+        self.socket.rcvtimeo = TICK_NS // 1_000_000
         failed = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         self.monitor = self.socket.get_monitor_socket(failed)
         try:
@@ -284,26 +237,30 @@ class Door:
     def send(self, agent: ZmqAgent, frame: bytes) -> bool:
         """Send a frame to the agent's host; False if the way to it is gone, and with it the session."""
         try:
-            self.socket.send_multipart((agent.route, frame), zmq.NOBLOCK)
+            self.socket.send(agent.route, zmq.NOBLOCK | zmq.SNDMORE)
+            self.socket.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError:
             agent.session = None
             return False
         return True
 
-    def hear(self) -> int:
-        """Take in what has come; how many frames."""
+    def hear(self, wait: bool = False) -> int:
+        """Take in what has come, waiting for the first up to TICK_NS if that is wanted; how many frames."""
         for heard in range(AT_ONCE):
             try:
-                route = self.socket.recv(zmq.NOBLOCK)
+                route = self.socket.recv(0 if wait and not heard else zmq.NOBLOCK)
             except zmq.Again:
                 return heard
-            body = self.socket.recv(copy=False)
-            whole = not body.more
-            while body.more:
-                body = self.socket.recv(copy=False)
             public = self._routes.get(route)
             if public is None:
-                public = self._prove(route, body)
+                body = self.socket.recv(copy=False)
+                public, data = self._prove(route, body), body.bytes
+            else:
+                data = self.socket.recv()
+            whole = True
+            while self.socket.rcvmore:
+                self.socket.recv()
+                whole = False
             key = self._exchange.keys.known(public)
             if key is None or key.state != "valid":
                 self._exchange.dropped += 1
@@ -314,12 +271,14 @@ class Door:
                     if agent.route == route:
                         agent.session = None
                 continue
-            frame = unpack(body.bytes) if whole and route[:1] == b"\0" else None  # a route of the peer's own choice could be another's before
+            frame = unpack(data) if whole and route[:1] == b"\0" else None  # a route of the peer's own choice could be another's before
             if frame is None:
                 self._exchange.nonsense += 1
                 self._exchange.say_seldom(f"{self.url}: {key.name} sends what is no frame of this version of Wave")
             else:
                 self._take(route, public, key.name, frame)
+            if wait and len(data) < STREAM_BYTES:  # one record alone: another look would cost more than the next call
+                return 1
         return AT_ONCE
 
     def _prove(self, route: bytes, body: Any) -> str:
@@ -397,9 +356,9 @@ class Door:
     def carry(self, now_ns: int) -> bool:
         """Send what all agents have; False if none had anything."""
         done = False
-        for agent in list(self.agents.values()):
+        for agent in tuple(self.agents.values()):
             done |= agent.carry(self, now_ns)
-            if agent.heard_ns and now_ns - agent.heard_ns > HOST_SILENCE_S * 1e9:
+            if agent.heard_ns and now_ns - agent.heard_ns > HOST_SILENCE_NS:
                 self.forget(agent, f"its host has been silent for {HOST_SILENCE_S:g} s")
         return done
 
@@ -418,7 +377,9 @@ class Door:
 class Exchange:
     """All doors of one process. Not for two threads, but for `wake`."""
 
-    def __init__(self, keys: Keys | Path | str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, keys: Keys | Path | str | None = None, say: Callable[[str], None] = lambda line: None, single: bool = False) -> None:
+        """single: it is stepped by the verbs of one agent alone."""
+        self._single = single
         self.keys = keys if isinstance(keys, Keys) else Keys(keys)
         self.keys.own()
         self.dropped = 0
@@ -450,9 +411,11 @@ class Exchange:
     def step(self, wait_ns: int) -> bool:
         """Carry what there is, both ways, waiting up to `wait_ns` (whole ms) for something to do; False if there was nothing."""
         now_ns = time.monotonic_ns()
-        done = False
-        for door in self.doors:
-            done |= door.carry(now_ns)
+        done = self.carry(now_ns)
+        if not done and wait_ns >= TICK_NS and self._single:  # one call for all: nothing else would wake it
+            if now_ns >= self._tick_ns:
+                self._tick(now_ns)
+            return bool(self.doors[0].hear(wait=True))
         if not done and wait_ns > 0:
             ready = self._poller.poll(-(-min(wait_ns, TICK_NS) // 1_000_000))
             now_ns = time.monotonic_ns()
@@ -462,6 +425,13 @@ class Exchange:
             self._tick(now_ns)
         for door in self.doors:
             done |= bool(door.hear())
+        return done
+
+    def carry(self, now_ns: int) -> bool:
+        """Send what there is to send; False if there was nothing."""
+        done = False
+        for door in self.doors:
+            done |= door.carry(now_ns)
         return done
 
     def _tick(self, now_ns: int) -> None:
@@ -527,7 +497,7 @@ def listen_for_one(
     url: str, subsystem: Any, keys: Keys | Path | str | None = None, patience_s: float = 0.0, say: Callable[[str], None] = lambda line: None
 ) -> ZmqAgent:
     """An agent that serves the first host to come, whose verbs do all the work. It waits up to `patience_s` for the host, and else is there before it."""
-    exchange = Exchange(keys, say)
+    exchange = Exchange(keys, say, single=True)
     agent = ZmqAgent(exchange, url, subsystem, alone=True)
 
     def accept(door: Door, host: str, enclave: str, facts: Facts) -> ZmqAgent:

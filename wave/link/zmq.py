@@ -32,6 +32,7 @@ from waveos.errors import LinkError
 from waveos.keys import LOOK_S, Keys
 from waveos.link import MESSAGES, TXNS
 from waveos.link.frames import MAX_BYTES, MAX_RECORDS, Frame, Kind, pack_json, read_json, unpack
+from waveos.link.pipes import gather
 from waveos.link.session import Broken, Session
 from waveos.link.verbs import BATCH, QueueVerbs, Records
 from waveos.record import RECORD_BYTES, VERSION
@@ -150,6 +151,7 @@ class ZmqHost(QueueVerbs):
         """A socket that tries to connect until it is closed."""
         made = self._socket = make_socket(self._context, zmq.DEALER, self._keys, self._endpoint, self._silence_ns / 1e9)
         made.curve_serverkey = bytes.fromhex(self._peer.public)
+        made.rcvtimeo = TICK_NS // 1_000_000
         made.immediate = True  # nothing is kept for a connection that there is not: it would be old
         made.reconnect_ivl, made.reconnect_ivl_max = 20, 200
         self._monitor = made.get_monitor_socket(_REFUSED | zmq.EVENT_CONNECT_RETRIED)
@@ -182,11 +184,10 @@ class ZmqHost(QueueVerbs):
         if now_ns >= self._tick_ns:
             self._tick(now_ns)
         session = self._session
-        room = (session.room if session else self._windows[0]) - len(self._waiting) // RECORD_BYTES
+        room = self._room()
         if room < len(records) and session:
             self._take_in()
-            session = self._session
-            room = (session.room if session else self._windows[0]) - len(self._waiting) // RECORD_BYTES
+            session, room = self._session, self._room()
         fit = min(len(records), room)
         if fit < len(records):
             self._count_lost(len(records) - fit)
@@ -230,30 +231,32 @@ class ZmqHost(QueueVerbs):
     def _await_txns(self, limit: int, wait_ns: int) -> Records:
         end_ns = 0
         while True:
-            if not self._inbox:
+            if not self._inbox and not (wait_ns >= TICK_NS and self._await_frame()):
                 self._take_in()
             if self._inbox:
                 return self._unpack_inbox(min(limit, BATCH))
-            now_ns = time.monotonic_ns()
             if wait_ns <= 0:
                 return np.zeros(0, self._decision)
+            now_ns = time.monotonic_ns()
             end_ns = end_ns or now_ns + wait_ns
             if now_ns >= end_ns:
                 return np.zeros(0, self._decision)
             if (left_ns := min(end_ns, self._tick_ns, self._flush_ns if self._waiting and self._session else end_ns) - now_ns) > 300_000:
                 self._socket.poll(-(-left_ns // 1_000_000))
 
+    def _await_frame(self) -> bool:
+        """Wait up to TICK_NS for one frame, in one call; True if it brought transactions."""
+        if self._waiting or time.monotonic_ns() >= self._tick_ns:
+            return False
+        try:
+            self._hear(self._socket.recv())
+        except zmq.Again:
+            return False
+        return bool(self._inbox)
+
     def _unpack_inbox(self, limit: int) -> Records:
         """Up to `limit` transactions that have come, as an array of their own."""
-        got = bytearray()
-        while self._inbox and len(got) < limit * RECORD_BYTES:
-            body = self._inbox.popleft()
-            fits = limit * RECORD_BYTES - len(got)
-            got += body[:fits]
-            if len(body) > fits:
-                self._inbox.appendleft(body[fits:])
-        records = np.frombuffer(got, self._decision)
-        records["mark"] = 0
+        records = gather(self._inbox, limit, self._decision)
         if session := self._session:
             session.taken += len(records)
             if session.owes_credit:
@@ -432,11 +435,17 @@ class ZmqHost(QueueVerbs):
             self._refuse_queue(queue)
 
     def room(self, queue: int = MESSAGES, n: int = 1) -> int:
-        """How many messages there is room for."""
+        """How many messages there is room for: exactly, if fewer than n; else at least n."""
         if queue != MESSAGES:
             self._refuse_queue(queue)
-        self._catch_up()
-        return (self._session.room if self._session else self._windows[0]) - len(self._waiting) // RECORD_BYTES
+        if (room := self._room()) < n:
+            self._catch_up()
+            room = self._room()
+        return room
+
+    def _room(self) -> int:
+        session = self._session
+        return (session.room if session else self._windows[0]) - len(self._waiting) // RECORD_BYTES
 
     def overflowed(self, queue: int = MESSAGES) -> int:
         """How many records found that queue full since the link was opened."""
