@@ -87,7 +87,7 @@ def simulate_nonsense(guarded: bool = True) -> Run:
 
 def measure() -> dict[str, float]:
     """The figures."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     acts_s = math.ceil(NONSENSE_S / ASSESS_S) * ASSESS_S
     for name, run, began_s in (
         ("jump", simulate_jump(), JUMP_S),
