@@ -144,7 +144,7 @@ def test_a_worker_that_does_not_keep_up_loses_its_share_by_decisions_of_an_agent
         UdpService(net, port=PORT, workers=2, times_ns=times, table=table) as service,
         TableSteering(url, table, dict(enumerate(service.shared))) as steering,
     ):
-        command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", url, "rebalance", "--param", "difference=4"]
+        command = [sys.executable, "-P", "-m", "waveos.agents.net.agent", url, "rebalance", "--param", "difference=4", "--param", "step=64"]
         agent = subprocess.Popen(command)
         try:
             os.kill(service.pids[0], signal.SIGSTOP)
