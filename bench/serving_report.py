@@ -35,7 +35,7 @@ OPTIONS = {
 S = 1e9
 LOADS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15)
 """Offered, as shares of what the system can do at most."""
-FAILS_S, STEP_S, AFTER_S = 4.0, 0.02, 6.0
+FAILS_S, STEP_S, AFTER_S, GAP_S = 20.0, 0.05, 20.0, 0.5
 
 
 def run(
@@ -233,9 +233,9 @@ def balance() -> dict[str, dict[str, list[float]]]:
 
 
 def recovery(kind: Recovery) -> list[tuple[float, float]]:
-    """(s since the failure, tokens a second) of a node of eight that loses a GPU."""
-    asks = read_mooncake(bundled_trace(), 400).asks
-    gap = round(S * 0.05)
+    """(s since the failure, tokens decoded since a second before) of a node of eight that loses a GPU."""
+    asks = read_mooncake(bundled_trace(), round(1.2 * (FAILS_S + AFTER_S) / GAP_S)).asks
+    gap = round(S * GAP_S)
     evenly = Workload("evenly", [type(ask)(number * gap, ask.prompt, ask.outputs, ask.blocks, ask.sizes) for number, ask in enumerate(asks)])
     params: dict[str, Any] = {"write_threshold": 1e9} if kind is Recovery.RECOMPUTE else {}
     simulation = Simulation(failsafe_setup("llama-3.1-70b", "h100", 8, "failsafe", recovery=float(kind), **params), evenly)
@@ -248,13 +248,12 @@ def recovery(kind: Recovery) -> list[tuple[float, float]]:
         steps = node._steps_by(executor, simulation.clock.now_ns + 1) - 1 if running else 0
         return executor.decoded + steps * executor.decoding
 
-    def sample(before: float) -> None:
-        now = tokens()
-        points.append((simulation.clock.now_ns / S - FAILS_S, (now - before) / STEP_S))
+    def sample(first: float) -> None:
+        points.append((simulation.clock.now_ns / S - FAILS_S, tokens() - first))
         if simulation.clock.now_ns / S < FAILS_S + AFTER_S:
-            simulation.clock.at(simulation.clock.now_ns + round(STEP_S * S), sample, now)
+            simulation.clock.at(simulation.clock.now_ns + round(STEP_S * S), sample, first)
 
     simulation.clock.at(round((FAILS_S - 1.0) * S), lambda: sample(tokens()))
     while simulation.clock.now_ns / S < FAILS_S + AFTER_S and simulation.step():
         pass
-    return points[1:]
+    return points
