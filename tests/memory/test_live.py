@@ -349,6 +349,7 @@ class Restless(Policy, subsystem=memory, name="restless", compiled=False):
 """
 
 
+@pytest.mark.slow
 def test_whoever_is_killed_at_whatever_moment_no_limit_stays_and_no_page_is_lost(world, tmp_path):
     limit, choice = world.limit(), random.Random(5)
     path = tmp_path / "restless.py"
