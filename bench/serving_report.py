@@ -16,11 +16,12 @@ from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.serving.cost import load_constants
 from waveos.ipu_emulator.serving.simulate import Result, Setup, Simulation, load_system
-from waveos.ipu_emulator.serving.workload import Workload, bundled_trace, make_workload, read_mooncake
+from waveos.ipu_emulator.serving.workload import Ask, Workload, bundled_trace, make_workload, read_mooncake
 from waveos.output import write_file
 from waveos.report.perfetto import write_drawn
 from waveos.report.serving import render_report
-from waveos.serving import Recovery
+from waveos.serving import Recovery, Tier
+from waveos.serving.engine import Transfer
 
 OPTIONS = {
     "out": ("", "HTML file to draw it all into"),
@@ -35,7 +36,8 @@ OPTIONS = {
 S = 1e9
 LOADS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15)
 """Offered, as shares of what the system can do at most."""
-FAILS_S, STEP_S, AFTER_S, GAP_S = 20.0, 0.05, 20.0, 0.5
+FAILS_S, STEP_S, AFTER_S, GAP_S = 20.0, 0.05, 12.0, 0.5
+PROMPT, OUTPUTS = 4_000, 400
 
 
 def run(
@@ -72,7 +74,8 @@ def run(
         costs[name] = {"link_us": peak.link_us_per_iteration, "freed_us": peak.policy_us_per_iteration}
     small = setup("strata", host_bytes=constants.given.host_bytes / 40, storage_bytes=constants.given.host_bytes)
     stored = Simulation(small, load(most * 0.5))
-    hits["strata, small host memory, storage"] = by_tier(stored.run(), sum(each.storage.tokens for each in stored.node.executors))
+    fetched = _watch_fetches(stored)
+    hits["strata, small host memory, storage"] = by_tier(stored.run(), sum(fetched))
     timeline = Timeline(Simulation(setup("strata"), load(most * 0.7)))
     timeline.simulation.run()
     if trace:
@@ -106,10 +109,24 @@ def _ttft(result: Result) -> dict[str, float]:
     return {"ttft_s": float(result.ttft_s.mean()), "ttft_p99_s": float(np.quantile(result.ttft_s, 0.99))}
 
 
-def by_tier(result: Result, stored: int = 0) -> dict[str, float]:
-    """Where the tokens of the prompts came from, as shares."""
+def _watch_fetches(simulation: Simulation) -> list[int]:
+    """Tokens of each prefetch from storage, as they arrive."""
+    fetched: list[int] = []
+    done = simulation.mechanism.transfer_done
+
+    def arrived(transfer: Transfer) -> None:
+        if transfer.source is Tier.STORAGE:
+            fetched.append(transfer.tokens)
+        done(transfer)
+
+    simulation.mechanism.transfer_done = arrived  # type: ignore[method-assign]
+    return fetched
+
+
+def by_tier(result: Result, fetched: int = 0) -> dict[str, float]:
+    """Where the tokens of the prompts came from, as shares; what was fetched from storage went by way of host memory."""
     host = sum(each.loaded for each in result.batches)
-    total = max(1, result.prompt_tokens)
+    total, stored = max(1, result.prompt_tokens), min(fetched, host)
     shares = {"device": (result.hit_tokens - host) / total, "host": (host - stored) / total, "storage": stored / total}
     return {**shares, "computed": 1.0 - result.hit_tokens / total}
 
@@ -234,9 +251,8 @@ def balance() -> dict[str, dict[str, list[float]]]:
 
 def recovery(kind: Recovery) -> list[tuple[float, float]]:
     """(s since the failure, tokens decoded since a second before) of a node of eight that loses a GPU."""
-    asks = read_mooncake(bundled_trace(), round(1.2 * (FAILS_S + AFTER_S) / GAP_S)).asks
-    gap = round(S * GAP_S)
-    evenly = Workload("evenly", [type(ask)(number * gap, ask.prompt, ask.outputs, ask.blocks, ask.sizes) for number, ask in enumerate(asks)])
+    count = round((FAILS_S + AFTER_S) / GAP_S)
+    evenly = Workload("evenly", [Ask(round(number * GAP_S * S), PROMPT, OUTPUTS, [number + 1], [PROMPT]) for number in range(count)])
     params: dict[str, Any] = {"write_threshold": 1e9} if kind is Recovery.RECOMPUTE else {}
     simulation = Simulation(failsafe_setup("llama-3.1-70b", "h100", 8, "failsafe", recovery=float(kind), **params), evenly)
     simulation.clock.at(round(FAILS_S * S), simulation.node.fail, 0, 7)

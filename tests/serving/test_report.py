@@ -22,8 +22,8 @@ def test_the_page_and_the_timeline_are_drawn_from_runs(tmp_path):
         "http://creativecommons.org", ""
     )
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert {"prefill", "decode", "load", "agent"} <= {event.get("cat") for event in events}
-    for tid in {event["tid"] for event in events if event.get("cat") in ("prefill", "decode", "load")}:
+    assert {"prefill", "decode", "agent"} <= {event.get("cat") for event in events}
+    for tid in {event["tid"] for event in events if event.get("cat") in ("prefill", "decode")}:
         ends = 0.0
         for event in sorted((each for each in events if each["ph"] == "X" and each["tid"] == tid), key=lambda each: each["ts"]):
             assert event["ts"] >= ends - 0.01  # one thing at a time on a track

@@ -44,7 +44,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         (
             "After the loss of a GPU",
             _recovery(results["recovery"]),
-            "Llama-3.1-70B on eight H100s that become seven at 0 s, a request each 0.5 s: flat is where nobody gets a token.",
+            "Llama-3.1-70B on eight H100s that become seven at 0 s, a request of 4,000 tokens each 0.5 s: flat is where nobody gets a token; recompute says again what it had said.",
         ),
         (
             "What an iteration costs the host",
