@@ -44,7 +44,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         (
             "After the loss of a GPU",
             _recovery(results["recovery"]),
-            "Llama-3.1-70B on eight H100s that become seven at 0 s, a request of 4,000 tokens each 0.5 s: flat is where nobody gets a token; recompute says again what it had said.",
+            "Llama-3.1-70B on eight H100s, seven from 0 s on, a request of 4,000 tokens each 0.5 s. Flat: nobody gets a token. Recompute repeats tokens.",
         ),
         (
             "What an iteration costs the host",
