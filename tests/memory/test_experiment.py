@@ -125,7 +125,7 @@ def test_the_commands_run_it_and_keep_its_results(tmp_path):
         ["trace", "memory"],
     ],
 )
-def test_what_only_scenarios_of_sched_have_is_refused(arguments):
+def test_what_scenarios_of_memory_do_not_have_is_refused(arguments):
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, ConfigError), done.output
-    assert "sched" in str(done.exception)
+    assert "memory" in str(done.exception)
