@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=None, help="end with that process")
     options = parser.parse_args(arguments)
     try:
-        begin_life(options.core, options.nice, options.parent)
+        begin_life(options.core, 0, options.parent)
+        os.setpriority(os.PRIO_PROCESS, 0, max(options.nice, os.getpriority(os.PRIO_PROCESS, 0)))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
         params = dict(map(_parameter, options.param))
