@@ -52,10 +52,10 @@ def numbers() -> dict[str, int]:
     return {member.name: int(member) for enum in ENUMS for member in enum if member.name in words}
 
 
-def check(folder: Path, *left_out: str, faults: int = 1) -> str:
+def check(folder: Path, *left_out: str, faults: int = 1, wakes: int = 2) -> str:
     """What spin's verifier says of the model, all of it looked at."""
     defines = [f"-D{name}={number}" for name, number in numbers().items()]
-    build = ["spin", "-a", *defines, *(f"-D{each}" for each in left_out), f"-DFAULTS={faults}", str(MODEL)]
+    build = ["spin", "-a", *defines, *(f"-D{each}" for each in left_out), f"-DFAULTS={faults}", f"-DWAKES={wakes}", str(MODEL)]
     subprocess.run(build, cwd=folder, check=True, capture_output=True)
     subprocess.run(
         ["gcc", "-O2", "-w", "-DSAFETY", "-DCOLLAPSE", "-DVECTORSZ=2048", "-o", "pan", "pan.c"], cwd=folder, check=True, capture_output=True
@@ -63,9 +63,9 @@ def check(folder: Path, *left_out: str, faults: int = 1) -> str:
     return subprocess.run(["./pan", "-m1000000", "-w22"], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("faults", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_no_task_is_lost_no_stale_decision_applied_and_nothing_stands_still(tmp_path, faults):
-    said = check(tmp_path, faults=faults)
+@pytest.mark.parametrize(("faults", "wakes"), [(1, 2), (3, 1)])
+def test_no_task_is_lost_no_stale_decision_applied_and_nothing_stands_still(tmp_path, faults, wakes):
+    said = check(tmp_path, faults=faults, wakes=wakes)
     assert "errors: 0" in said, said
     assert "max search depth too small" not in said, said
     states = int(re.search(r"(\d+) states, stored", said)[1])
