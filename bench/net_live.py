@@ -40,7 +40,7 @@ def compare_policies(metrics: dict[str, Any], options: dict[str, Any]) -> list[s
     times = _rocksdb_times(stretch)
     slo_us = round(GET_SLO_US * stretch), round(RANGE_SLO_US * stretch)
     found: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    missing: dict[str, int] = dict.fromkeys(POLICIES, 0)
+    missing, unserved = (dict.fromkeys(POLICIES, 0) for _ in range(2))
     with _world(times) as (network, client, core):
         # What a GET really takes a worker, timers included, from requests one at a time; load is a share of that.
         alone = client.run(draw_plan(100, 1.0, 0.0, flows=64, slo_us=slo_us, seed=options["seed"]))
@@ -52,13 +52,15 @@ def compare_policies(metrics: dict[str, Any], options: dict[str, Any]) -> list[s
             for policy in POLICIES:
                 # GETs cannot wait, RANGEs can, and leave half of the workers to them.
                 params = ("--param", f"patient_us={2 * slo_us[0]}", "--param", "spare=2") if policy == "slo_steering" else ()
-                with _serving(network, policy, core, *params):
+                with _serving(network, policy, core, *params) as path:
                     answered = client.run(plan.copy())
+                    unserved[policy] += path.ports.counters()["client_unserved"]
                 found[policy].append(float(np.percentile(answered.latency_us(0), 99)))
                 missing[policy] += answered.unanswered
     for policy, name in POLICIES.items():
         metrics[f"live_{name}_get_p99_us"] = float(np.median(found[policy]))
         metrics[f"live_{name}_unanswered"] = missing[policy]
+        metrics[f"live_{name}_on_kernels_path"] = unserved[policy]  # while the agent had to wait for its core: the machine was not quiet
     gain = float(np.median(np.array(found["rss"]) / np.array(found["slo_steering"])))
     metrics["live_rate_per_s"], metrics["live_stretch"], metrics["live_rss_over_slo"] = rate, stretch, gain
     label = f"{WORKERS} workers, service: timed waits drawn from RocksDB's times measured here, stretched {stretch:g} times"
