@@ -13,7 +13,23 @@ import typer
 from waveos import __version__
 from waveos.cli import EXIT_CODES
 
-MODULES = ("experiment", "policies", "bench", "calibrate", "doctor", "hostd", "agentd", "restore", "limits", "serve", "demo", "probe", "net", "keys", "relay")
+MODULES = (
+    "experiment",
+    "policies",
+    "bench",
+    "calibrate",
+    "doctor",
+    "hostd",
+    "agentd",
+    "restore",
+    "limits",
+    "serve",
+    "demo",
+    "probe",
+    "net",
+    "keys",
+    "relay",
+)
 _EPILOGUE = (
     "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ". "
     "stdout is data, stderr is talk. WAVE_DEBUG=1 shows tracebacks, WAVE_JIT=0 runs policies as plain Python."
