@@ -17,6 +17,7 @@ from typing import Any
 from waveos import ring
 from waveos.errors import LinkError
 from waveos.link import open_link
+from waveos.link.zmq import parse_url
 from waveos.primitives import CoherentMemory, clock_ns, ring_doorbell
 from waveos.process import start_time
 
@@ -130,9 +131,13 @@ class Relay:
 
 
 def run_relay(near: str, far: str, subsystem: Any, **options: Any) -> None:
-    """Carry until SIGTERM or SIGINT. Raises LinkError if hostd does not want an agent of this user."""
+    """Carry until SIGTERM or SIGINT. Raises LinkError if the far address is none, or if hostd does not want an agent of this user."""
+    parse_url(far)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    path = near.removeprefix("shm://")
+    if not os.path.exists(path):
+        _say(f"waits for hostd at {path}")
     Relay(near, far, subsystem, **options).run()
 
 
