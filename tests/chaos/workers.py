@@ -62,7 +62,10 @@ def ping(slot: Slot, read: str, write: str, first: str) -> None:
         rounds += 1
         if rounds % 16 == 0:
             time.sleep(0.004)
-        os.write(int(write), b".")
+        try:
+            os.write(int(write), b".")
+        except BrokenPipeError:  # the other was told to end first
+            return
 
 
 def spin(slot: Slot, longest_ms: str) -> None:
