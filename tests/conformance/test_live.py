@@ -7,7 +7,6 @@ import pytest
 from waveos.bench import conformance
 from waveos.bench.conformance_live import why_not
 
-
 WAYS = 2 * len(conformance.WORLDS)
 """Each world, compiled and as plain Python."""
 
