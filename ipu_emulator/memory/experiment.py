@@ -12,8 +12,7 @@ from waveos.ipu_emulator.memory import NOTHING, ORACLE, SECOND, Setup, simulate
 from waveos.ipu_emulator.memory.access import Access, Moving, Recorded, Zipf
 from waveos.ipu_emulator.memory.machine import load_costs
 from waveos.ipu_emulator.profile import load_link
-from waveos.names import nearest
-from waveos.policy import policy_names
+from waveos.policy.find import check_chosen
 
 PLACEMENTS = ("on-host", "offload")
 MAP_STEPS = 160
@@ -25,7 +24,7 @@ def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Pro
 
     On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
     """
-    check_policies(scenario)
+    check_chosen(scenario.policies, "memory", "memory")
     wanted = [(NOTHING, "kernel"), (ORACLE, "oracle"), *((name, place) for name in scenario.policies.names for place in placements)]
     costs = load_costs(scenario.memory.costs, scenario.base)
     link = load_link(scenario.link.profile, scenario.base)
@@ -76,19 +75,6 @@ def cores(figures: dict[str, float], placement: str) -> dict[str, float]:
     mechanism = figures["scan_cores"] + figures["reclaim_cores"] + figures["link_cores"]
     on_host = placement == "on-host"
     return {"host_cores": mechanism + (figures["policy_cores"] if on_host else 0.0), "ipu_cores": 0.0 if on_host else figures["policy_cores"]}
-
-
-def check_policies(scenario: Any) -> None:
-    """Refuse what would fail in the middle: a policy that is not installed or not of memory, parameters for one that is not run."""
-    known = policy_names("memory")
-    for name in scenario.policies.names:
-        if ".py" not in name and name not in known:
-            raise ConfigError(
-                f"policies.names: no memory policy {name!r}{nearest(name, known)}; installed: {', '.join(known)}; or name a file, as my.py"
-            )
-    for name in scenario.policies.params:
-        if name not in (*scenario.policies.names, *known):
-            raise ConfigError(f"policies.params.{name}: no memory policy of that name{nearest(name, known)}")
 
 
 def access_of(scenario: Any) -> Access:

@@ -15,7 +15,7 @@ from waveos.ipu_emulator.experiment import limits_us
 from waveos.ipu_emulator.inputs import Nanoseconds, is_file, mean_service_ns, read_samples, wanted_samples
 from waveos.ipu_emulator.net import Outcome, RequestClass, Setup, simulate, throughput_at
 from waveos.names import nearest
-from waveos.policy import policy_names
+from waveos.policy.find import check_chosen
 
 PLACEMENTS = ("on-host", "offload")
 KERNEL = "rss", "kernel"
@@ -59,7 +59,7 @@ def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Pro
 
     On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
     """
-    check_policies(scenario)
+    check_chosen(scenario.policies, "net", "network")
     inputs = read_inputs(scenario)
     wanted = [KERNEL, *((name, place) for name in scenario.policies.names for place in placements)]
     grid = loads(scenario, inputs)
@@ -143,19 +143,6 @@ def _meets(scenario: Any, outcome: Outcome, limits: dict[int, dict[str, float]])
     return True
 
 
-def check_policies(scenario: Any) -> None:
-    """Refuse what would fail in the middle: a policy that is not installed or not of the network, parameters for one that is not run."""
-    known = policy_names("net")
-    for name in scenario.policies.names:
-        if ".py" not in name and name not in known:
-            raise ConfigError(
-                f"policies.names: no network policy {name!r}{nearest(name, known)}; installed: {', '.join(known)}; or name a file, as my.py"
-            )
-    for name in scenario.policies.params:
-        if name not in (*scenario.policies.names, *known):
-            raise ConfigError(f"policies.params.{name}: no network policy of that name{nearest(name, known)}")
-
-
 def capacity_per_s(scenario: Any, inputs: Inputs) -> float:
     """Requests per second that the workers could serve if nothing but the service itself took time."""
     mean_ns = sum(each.share * mean_service_ns(each.service, inputs.samples) for each in scenario.workload.classes)
@@ -206,7 +193,7 @@ def _class_of(each: Any, inputs: Inputs) -> RequestClass:
 
 def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: float | None, for_ms: float) -> tuple[Any, dict[str, Any]]:
     """The packets of some milliseconds of a run of the last policy, and what their numbers mean. Raises ConfigError."""
-    check_policies(scenario)
+    check_chosen(scenario.policies, "net", "network")
     inputs = read_inputs(scenario)
     grid = loads(scenario, inputs)
     load = grid[len(grid) // 2] if load_per_s is None else load_per_s

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from waveos.errors import ConfigError
+from waveos.report import page
 
 COLUMNS = ("policy", "saved", "of oracle", "throughput", "GET p99, us", "precision", "recall", "scan", "reclaim", "policy", "host cores", "stale")
 LIVE_COLUMNS = (
@@ -102,8 +101,6 @@ def _live_table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[st
 def render_report(results: Mapping[str, Any]) -> str:
     """The report's HTML: nothing is fetched when it is opened. Raises ConfigError if these are no results of memory."""
     columns, rows = table(results)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     live = results.get("world") == "local"
     shown = [each for each in results["configs"] if each["placement"] != "on-host"]
     shown = shown if live or any(each["placement"] == "offload" for each in shown) else list(results["configs"])
@@ -118,15 +115,14 @@ def render_report(results: Mapping[str, Any]) -> str:
         f"<li>{html.escape(each['id'])}, {at_s:.1f} s: {html.escape(why)}</li>" for each in results["configs"] for at_s, why in each["stops"]
     )
     notes = [f"Timing: {results['timing']}.", *_sources(results), *results["notes"]]
-    return _PAGE.format(
-        name=html.escape(str(results["name"])),
-        about=html.escape(str(results.get("about", ""))),
-        head=head,
-        body=body,
-        notes="".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        figures=figures,
-        maps=maps,
-        stops=f"<h2>What the safeguards did</h2><ul>{stops}</ul>" if stops else "",
+    return page.page(
+        str(results["name"]),
+        page.paragraphs([str(results.get("about", ""))]),
+        page.table(columns, rows),
+        page.paragraphs(notes),
+        figures,
+        f"<h2>Where the accesses were, and what stayed resident</h2>{maps}",
+        f"<h2>What the safeguards did</h2><ul>{stops}</ul>" if stops else "",
     )
 
 
@@ -158,7 +154,7 @@ def _lines(configs: Sequence[Mapping[str, Any]], name: str, clock: str) -> str:
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", ncols=4, frameon=False)
-    return _svg(figure)
+    return page.svg(figure)
 
 
 _MAPS = {"accesses": "accesses/s", "hot": "hot in truth, share", "resident": "resident share"}
@@ -177,44 +173,4 @@ def _heat(config: Mapping[str, Any], clock: str) -> str:
         axes.set_title(_MAPS[name], fontsize="small")
         axes.set_xlabel(clock)
         axes.set_ylabel("address, as a share")
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "wave", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · Wave</title>
-<style>
-body {{ margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: #fff; color: #1c2026; font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }}
-table {{ border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 4px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e7eb; }}
-th:first-child, td:first-child {{ text-align: left; }}
-svg {{ display: block; width: 100%; height: auto; }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .3rem; }}
-figure {{ margin: .4rem 0 0; }}
-.wide {{ overflow-x: auto; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{about}</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-{notes}
-{figures}
-<h2>Where the accesses were, and what stayed resident</h2>
-{maps}
-{stops}
-</body>
-</html>
-"""
+    return page.svg(figure)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from waveos.errors import ConfigError
+from waveos.report import page
 from waveos.report.packets import write_trace
 
 __all__ = ["render_report", "table", "write_trace"]
@@ -51,8 +50,6 @@ def _us(value: float | None, saturated: bool) -> str:
 def render_report(results: Mapping[str, Any]) -> str:
     """The report's HTML: nothing is fetched when it is opened. Raises ConfigError if these are no results of the network."""
     columns, rows = table(results)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     classes = results["scenario"]["workload"]["classes"]
     figures = "".join(f"<h2>p99 of {html.escape(each['name'])} over load</h2><figure>{_latency(results, each['name'])}</figure>" for each in classes)
     costs = results["costs"]
@@ -66,14 +63,13 @@ def render_report(results: Mapping[str, Any]) -> str:
         "whose cores are slower; the host keeps its workers.",
         *results["notes"],
     ]
-    return _PAGE.format(
-        name=html.escape(str(results["name"])),
-        about=html.escape(str(results.get("about", ""))),
-        head=head,
-        body=body,
-        notes="".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        figures=figures,
-        cores=_cores(results),
+    return page.page(
+        str(results["name"]),
+        page.paragraphs([str(results.get("about", ""))]),
+        page.table(columns, rows),
+        page.paragraphs(notes),
+        figures,
+        f"<h2>Cores</h2><figure>{_cores(results)}</figure>",
     )
 
 
@@ -108,7 +104,7 @@ def _latency(results: Mapping[str, Any], name: str) -> str:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=1, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _cores(results: Mapping[str, Any]) -> str:
@@ -128,43 +124,4 @@ def _cores(results: Mapping[str, Any]) -> str:
     axes.set_xlabel("cores")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "wave", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · Wave</title>
-<style>
-body {{ margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: #fff; color: #1c2026; font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }}
-table {{ border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 4px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e7eb; }}
-th:first-child, td:first-child {{ text-align: left; }}
-svg {{ display: block; width: 100%; height: auto; }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .3rem; }}
-figure {{ margin: .4rem 0 0; }}
-.wide {{ overflow-x: auto; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>{about}</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-{notes}
-{figures}
-<h2>Cores</h2>
-<figure>{cores}</figure>
-</body>
-</html>
-"""
+    return page.svg(figure)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from waveos.errors import ConfigError
+from waveos.report import page
 
 _TIERS = {"device": "#0072b2", "host": "#56b4e9", "storage": "#a23b8c", "computed": "#c9ced6"}
 _TRACKS = {
@@ -53,7 +54,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         ),
     ]
     body = "".join(f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><figure>{figure}</figure>" for title, figure, note in parts)
-    return _PAGE.format(name=html.escape(str(results["name"])), timing=html.escape(str(results["timing"])), body=body)
+    return page.page(str(results["name"]), page.paragraphs([f"Timing: {results['timing']}. The emulated engine in virtual time."]), body)
 
 
 def _figure(height: float = 3.4, columns: int = 1) -> tuple[Any, Any]:
@@ -72,7 +73,7 @@ def _curves(curves: Mapping[str, Any]) -> str:
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _hits(hits: Mapping[str, Any]) -> str:
@@ -86,7 +87,7 @@ def _hits(hits: Mapping[str, Any]) -> str:
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the prompts' tokens")
     axes.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _timeline(spans: Mapping[str, Any]) -> str:
@@ -99,7 +100,7 @@ def _timeline(spans: Mapping[str, Any]) -> str:
     begin = min((each[0] for track in tracks for each in spans[track]), default=0.0)
     axes.set_xlim(max(0.0, begin), begin + 6.0)
     axes.grid(alpha=0.3, axis="x")
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _balance(balance: Mapping[str, Any]) -> str:
@@ -113,7 +114,7 @@ def _balance(balance: Mapping[str, Any]) -> str:
         axes.set_xlabel("rank")
     panels[0].set_ylabel("attention over an even share")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=2, loc="outside upper center")
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _recovery(recovery: Mapping[str, Any]) -> str:
@@ -126,44 +127,9 @@ def _recovery(recovery: Mapping[str, Any]) -> str:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small", ncols=4)
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _costs(costs: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{each['link_us']:.2f}</td><td>{each['freed_us']:.1f}</td></tr>" for name, each in costs.items()
-    )
-    head = "<tr><th>system</th><th>link, µs of the host an iteration</th><th>policy, µs of the host freed an iteration</th></tr>"
-    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
-
-
-def _svg(figure: Any) -> str:
-    from waveos.report.memory import _svg as draw
-
-    return draw(figure)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · Wave</title>
-<style>
-body {{ margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: #fff; color: #1c2026; font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 4px 12px; text-align: right; border-bottom: 1px solid #e4e7eb; }}
-th:first-child, td:first-child {{ text-align: left; }}
-svg {{ display: block; width: 100%; height: auto; }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .2rem; }}
-p {{ margin: .2rem 0; color: #5b6470; font-size: .92rem; }}
-figure {{ margin: .4rem 0 0; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p>Timing: {timing}. The emulated engine in virtual time.</p>
-{body}
-</body>
-</html>
-"""
+    columns = ("system", "link, µs of the host an iteration", "policy, µs of the host freed an iteration")
+    return page.table(columns, [(name, f"{each['link_us']:.2f}", f"{each['freed_us']:.1f}") for name, each in costs.items()])
