@@ -178,6 +178,7 @@ def _started(call: list[str], share: Path) -> Iterator[int]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _let_go(ours)
         os.close(ours)
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -185,6 +186,13 @@ def _started(call: list[str], share: Path) -> Iterator[int]:
 def _hang_up_with_us() -> None:
     """Make the terminal that of the session: if this process dies, however it dies, the kernel hangs up on QEMU, which then ends."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _let_go(terminal: int) -> None:
+    """Wait until the last of the session has closed the terminal: they were all killed, but only the first is our child and can be waited for."""
+    deadline = time.monotonic() + 10
+    while _read(terminal) is not None and time.monotonic() < deadline:
+        pass
 
 
 def _read(terminal: int) -> str | None:
