@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from waveos.bench.memory_database import HOT_SHARE, MOVE_S, build, warm
@@ -30,28 +31,27 @@ from waveos.bench.memory_watch import Watch
 from waveos.errors import ConfigError, LinkError, MissingError
 from waveos.host import changes
 from waveos.host.doors import ask
+from waveos.host.guard import guarded
 from waveos.host.memory.advise import PAGEOUT, Advisor
 from waveos.host.memory.procfs import Process
 from waveos.host.memory.zram import Zram
 from waveos.host.restore import Journal
-from waveos.names import nearest
 from waveos.policy import load_policy
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 ATTACH_S = 90.0
-BATCH_KIB = 2_048
 PASS_MS = 2_400.0
 WAVE = (sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys.exit(run(sys.argv[1:]))")
+MOST_MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 ORACLE, NOTHING = "oracle", "nothing"
-RUNS = (ORACLE, "sol", "psi_backoff")
 SETS = ("contiguous", "scrambled")
-FIGURES = ("saved_share", "saved_usage_share", "throughput_ratio", "wall_throughput_ratio", "get_p99_ratio", "hostd_cores", "agent_cores")
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how large. With `faster` 4 everything that takes time takes a quarter of it, in the database and in policies."""
+    """How long and how large, and what is hot. With `faster` 4 everything that takes time takes a quarter of it, in the database and in policies."""
 
     gib: float = 2.0
     base_s: float = 8.0
@@ -59,56 +59,49 @@ class Plan:
     """After the agent has come, not counted: it reclaims what was cold from the start."""
     count_s: float = 60.0
     faster: float = 1.0
+    hot_share: float = HOT_SHARE
+    move_s: float = MOVE_S
+    """How often the hot set moves fully; infinite: never."""
+    batch_kib: int = 2_048
+    seed: int = 1
+
+    @property
+    def run_s(self) -> float:
+        """How long a run takes about, without the database's start."""
+        return self.base_s + self.settle_s + self.count_s
+
+    def check(self) -> None:
+        """Raises ConfigError for what does not fit on this machine."""
+        if (needed := self.gib * MEMORY_FACTOR) > (free := available_gib()):
+            raise ConfigError(
+                f"a database of {self.gib:g} GiB takes some {needed:.1f} GiB in all, and this machine has {free:.1f} GiB available:"
+                f" take one of {free / MEMORY_FACTOR:.1f} GiB or less"
+            )
+        mappings, most = int(self.gib * 2**20 * 1.2 / self.batch_kib), int(MOST_MAPPINGS.read_text())
+        if mappings > 0.9 * most:
+            raise ConfigError(
+                f"{self.gib:g} GiB in batches of {self.batch_kib} KiB is some {mappings:,} mappings, and a process may have {most:,} of them:"
+                f" take larger batches, or raise it (sysctl vm.max_map_count={2 * mappings})"
+            )
 
 
 QUICK = Plan(gib=0.5, base_s=4.0, settle_s=6.0, count_s=15.0, faster=4.0)
+MEMORY_FACTOR = 1.8
+"""The cache and what lies around its blocks, and zram with nearly all of it."""
 
 
-def measure(plan: Plan, policies: Sequence[str] = RUNS, sets: Sequence[str] = SETS, repeats: int = 1, out: Path | None = None) -> dict[str, float]:
-    """Figures of these policies on these hot sets; medians where there are repeats. `out`: a file for all that was seen. Raises MissingError, ConfigError."""
-    for name, known, given in (("live-policies", (*RUNS, NOTHING), policies), ("live-sets", SETS, sets)):
-        if unknown := [each for each in given if each not in known]:
-            raise ConfigError(f"--{name}: no {unknown[0]!r}{nearest(unknown[0], known)}; there are: {', '.join(known)}")
-    metrics: dict[str, float] = {}
-    runs = []
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hostd, the database and the swap end with us
-    with Live(plan, watch=out is not None) as live:
-        for kind in sets:
-            made = {policy: [] for policy in policies}  # type: dict[str, list[dict[str, Any]]]
-            for _ in range(repeats):
-                for policy in policies:
-                    made[policy].append(live.run(policy, scrambled=kind == "scrambled"))
-            for policy, several in made.items():
-                name = f"live_{'scrambled_' if kind == 'scrambled' else ''}{'psi' if policy == 'psi_backoff' else policy}"
-                metrics |= {f"{name}_{key}": median(run["figures"][key] for run in several) for key in FIGURES}
-                if repeats > 1:
-                    for key in ("saved_share", "throughput_ratio"):
-                        values = [run["figures"][key] for run in several]
-                        metrics |= {f"{name}_{key}_least": min(values), f"{name}_{key}_most": max(values)}
-                runs += several
-    if out is not None:
-        out.write_text(json.dumps(results(plan, runs)))
-    return metrics
-
-
-def judge(metrics: dict[str, float]) -> str:
-    """The figures in a sentence, if those that it takes are there."""
-    try:
-        share = metrics["live_sol_saved_share"] / max(1e-9, metrics["live_oracle_saved_share"])
-        cost = 1 - metrics["live_sol_throughput_ratio"]
-        better = "more" if metrics["live_sol_saved_share"] > metrics["live_psi_saved_share"] else "LESS"
-    except KeyError:
-        return "live: not all of oracle, sol and psi_backoff were run, so nothing is judged"
-    meets = "meets" if share >= 0.7 and cost <= 0.05 else "misses"
-    return f"live: SOL saves {share:.0%} of the oracle's share at {cost:.1%} of throughput ({meets} 70 % at 5 %), {better} than psi_backoff"
+def available_gib() -> float:
+    """Memory that programs of this machine may still take."""
+    found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 def results(plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """As `wave report` reads it."""
+    moves = f"that moves every {plan.move_s / plan.faster:g} s" if plan.move_s < math.inf else "that stays"
     return {
         "name": "memory, live",
-        "about": f"RocksDB with {plan.gib:g} GiB in its cache, a hot {HOT_SHARE:.0%} that moves every {MOVE_S / plan.faster:g} s, on this machine's kernel",
+        "about": f"RocksDB with {plan.gib:g} GiB in its cache, a hot {plan.hot_share:.0%} {moves}, on this machine's kernel",
         "subsystem": "memory",
         "world": "local",
         "timing": "measured",
@@ -117,14 +110,16 @@ def results(plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
             f"Each run: {plan.base_s:g} s without a policy, then {plan.settle_s:g} s for it to settle, then {plan.count_s:g} s that count.",
             "Saved is resident memory less what zram takes; throughput is GETs for each second of the database's CPU time, against its own first seconds.",
         ],
+        "interrupted": False,
     }
 
 
 class Live:
     """What the runs share: a folder with the database, zram, a cgroup."""
 
-    def __init__(self, plan: Plan, watch: bool = False) -> None:
-        """watch: keep for each batch when it was resident, and find out what was hot. Raises MissingError where this machine cannot."""
+    def __init__(self, plan: Plan, watch: bool = False, tell: Tell = lambda line: None) -> None:
+        """watch: keep for each batch when it was resident, and find out what was hot. `tell` gets a line a step. Raises MissingError where this machine
+        cannot, ConfigError where it is too small."""
         if os.geteuid() != 0:
             raise MissingError("the live part needs root: it makes a cgroup, swap, and advises another process's memory")
         if not (CGROUPS / "cgroup.procs").exists():
@@ -133,22 +128,32 @@ class Live:
             import rocksdict as _  # noqa: F401
         except ImportError as error:
             raise MissingError("the live part needs RocksDB: pip install 'waveos[bench]' (rocksdict)") from error
-        self.plan, self.watch = plan, watch
+        if len(os.sched_getaffinity(0)) < 2:
+            raise MissingError("the live part needs two cores: one for the database, one for those who look after its memory")
+        plan.check()
+        self.plan, self.watch, self._tell = plan, watch, tell
         self.folder = Path(tempfile.gettempdir()) / f"wave-memory-{plan.gib:g}gib"
-        build(self.folder, plan.gib)
-        warm(self.folder)
+        self.enclave = f"bench-memory-{os.getpid()}-hostd"
         self._stack = contextlib.ExitStack()
-        name = f"bench-memory-{os.getpid()}"
-        self.enclave = f"{name}-hostd"
-        self.journal = Journal(name)
-        self._stack.callback(self.journal.close)
-        self.cgroup = CGROUPS / f"wave-{name}"
-        changes.note_new_folder(self.journal, self.cgroup)
-        self.cgroup.mkdir()
-        # A swap that is more than half full gives a page's place back when the page is read; else the page would be held twice.
-        self.zram = self._stack.enter_context(Zram(self.journal, int(plan.gib * 2**30)))
 
     def __enter__(self) -> Live:
+        with contextlib.ExitStack() as stack:  # what has been made is taken back if the next cannot be
+            if threading.current_thread() is threading.main_thread():
+                before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hostd, the database and the swap end with us
+                stack.callback(signal.signal, signal.SIGTERM, before)
+            self._tell(f"a database of {self.plan.gib:g} GiB in {self.folder}")
+            build(self.folder, self.plan.gib)
+            warm(self.folder)
+            name = f"bench-memory-{os.getpid()}"
+            stack.enter_context(guarded(name))  # should we be killed
+            self.journal = Journal(name)
+            stack.callback(self.journal.close)
+            self.cgroup = CGROUPS / f"wave-{name}"
+            changes.note_new_folder(self.journal, self.cgroup)
+            self.cgroup.mkdir()
+            # A swap that is more than half full gives a page's place back when the page is read; else the page would be held twice.
+            self.zram = stack.enter_context(Zram(self.journal, int(self.plan.gib * 2**30)))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,12 +162,13 @@ class Live:
     def run(self, policy: str, *, scrambled: bool = False, params: dict[str, float] | None = None) -> dict[str, Any]:
         """One run: `policy` is a policy's name, "oracle" or "nothing". Shares of the database's memory at its fullest, ratios to its own beginning."""
         cores, plan = sorted(os.sched_getaffinity(0)), self.plan
+        move_s = plan.move_s / plan.faster
         with self._database(scrambled, cores[0]) as (process, lines, ready), contextlib.ExitStack() as stack:
-            watch = Watch(process.pid, self.cgroup, self.zram, ready["places"] if self.watch else {}, scrambled, MOVE_S / plan.faster)
+            watch = Watch(process.pid, self.cgroup, self.zram, ready["places"] if self.watch else {}, scrambled, plan.hot_share, move_s)
             before = watch.follow(lines, plan.base_s)
             began_s = watch.rows[-1]["s"]
             if policy == ORACLE:
-                stack.enter_context(_oracle(process.pid, began_s, MOVE_S / plan.faster, cores[-1]))
+                stack.enter_context(_oracle(process.pid, began_s, move_s, cores[-1]))
             elif policy != NOTHING:
                 hostd = stack.enter_context(self._hostd(policy, cores[-1], params or self._params_of(policy)))
                 self._await_agent(watch, lines, hostd)
@@ -208,15 +214,16 @@ class Live:
     def _database(self, scrambled: bool, core: int) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
         plan = self.plan
         command = [sys.executable, "-P", "-m", "waveos.bench.memory_database", str(self.folder), "--gib", str(plan.gib)]
-        command += ["--seconds", str(plan.base_s + plan.count_s + 600), "--batch-kib", str(BATCH_KIB)]
-        command += ["--hot-share", str(HOT_SHARE), "--move-s", str(MOVE_S / plan.faster)]
+        command += ["--seconds", str(plan.base_s + plan.settle_s + plan.count_s + 600)]
+        command += ["--batch-kib", str(plan.batch_kib), "--seed", str(plan.seed)]
+        command += ["--hot-share", str(plan.hot_share), "--move-s", str(plan.move_s / plan.faster)]
         command += [*(["--scrambled"] if scrambled else []), *(["--map"] if self.watch else [])]
 
         def enter() -> None:
             (self.cgroup / "cgroup.procs").write_text(str(os.getpid()))
             os.sched_setaffinity(0, {core})
 
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=enter, start_new_session=True)
         try:
             assert process.stdout is not None and process.stdin is not None
             ready = process.stdout.readline()
@@ -233,11 +240,11 @@ class Live:
     def _hostd(self, policy: str, core: int, params: dict[str, float]) -> Iterator[Any]:
         """hostd, which starts agentd; both on the core that the database does not have."""
         command = [*WAVE, "hostd", "--subsystem", "memory", "--enclave", self.enclave, "--cgroup", str(self.cgroup), "--hostd-cpu", str(core)]
-        command += ["--agent-core", str(core), "--policy", policy, "--setting", f"batch_kib={BATCH_KIB}"]
+        command += ["--agent-core", str(core), "--policy", policy, "--setting", f"batch_kib={self.plan.batch_kib}"]
         command += ["--setting", f"pass_ms={PASS_MS / self.plan.faster}"]
         for name, value in params.items():
             command += ["--param", f"{name}={value}"]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C is ours: we end them
         try:
             yield process
         finally:
@@ -249,7 +256,7 @@ class Live:
 def _oracle(pid: int, began_s: float, move_s: float, core: int) -> Iterator[None]:
     """Page everything out now and whenever the hot set moves; `began_s` is how long the database has been serving."""
     over = threading.Event()
-    next_s = time.monotonic() + (move_s - began_s % move_s)
+    next_s = time.monotonic() + (move_s - began_s % move_s)  # never, if that is infinite
     advisor, process = Advisor(pid), Process(pid)
 
     def page_out() -> None:
@@ -261,7 +268,7 @@ def _oracle(pid: int, began_s: float, move_s: float, core: int) -> Iterator[None
         os.sched_setaffinity(0, {core})  # of this thread
         with contextlib.suppress(ProcessLookupError):
             page_out()
-            while not over.wait(max(0.0, next_s - time.monotonic())):
+            while not over.wait(max(0.0, next_s - time.monotonic()) if next_s < math.inf else None):
                 next_s += move_s
                 page_out()
 

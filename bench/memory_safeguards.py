@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +86,25 @@ def simulate_nonsense(guarded: bool = True) -> Run:
         return _run(f"{path}:Nonsense", access, 220, workers=1, params={"quota_share_per_s": 1.0})
 
 
-def measure() -> dict[str, float]:
-    """The figures."""
-    metrics: dict[str, float] = {}
+def measure(metrics: dict[str, float]) -> Iterator[str]:
+    """The figures, into `metrics`; yields what is next."""
     acts_s = math.ceil(NONSENSE_S / ASSESS_S) * ASSESS_S
-    for name, run, began_s in (
-        ("jump", simulate_jump(), JUMP_S),
-        ("adversary", simulate_adversary(), HUNT_S),
-        ("nonsense", simulate_nonsense(), acts_s),
+    for name, what, simulated, began_s in (
+        ("jump", "the hot set jumps", simulate_jump, JUMP_S),
+        ("adversary", "an adversary accesses what was reclaimed last", simulate_adversary, HUNT_S),
+        ("nonsense", "the model predicts nonsense", simulate_nonsense, acts_s),
     ):
+        yield what
+        run = simulated()
         hurts_s = began_s if name == "nonsense" else first_hurt_s(run, began_s)
         metrics |= {
             f"safeguard_{name}_stop_assessments": assessments_to_stop(run, hurts_s),
             f"safeguard_{name}_least_throughput": min(ratio for at_s, ratio in _throughput(run) if at_s > began_s),
             f"safeguard_{name}_throughput_after_epoch": mean_throughput(run, hurts_s + EPOCH_S),
         }
+    yield "the same without safeguards"
     unguarded = simulate_nonsense(guarded=False)
     metrics["safeguard_nonsense_unguarded_throughput"] = mean_throughput(unguarded, acts_s + EPOCH_S)
-    return metrics
 
 
 def judge(metrics: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from waveos.bench.memory_database import HOT_SHARE, PARTS
+from waveos.bench.memory_database import PARTS
 from waveos.errors import MissingError
 from waveos.host.memory.procfs import Process
 
@@ -24,14 +24,16 @@ TICKS = os.sysconf("SC_CLK_TCK")
 class Watch:
     """One run. `daemons` are the pids whose CPU time is kept, by name."""
 
-    def __init__(self, pid: int, cgroup: Path, zram: Any, places: dict[str, list[list[int]]], scrambled: bool, move_s: float) -> None:
+    def __init__(
+        self, pid: int, cgroup: Path, zram: Any, places: dict[str, list[list[int]]], scrambled: bool, hot_share: float, move_s: float
+    ) -> None:
         """places: which batches each part of the keys lies in, by address of a run of mappings; {}: batches are not looked at."""
         self.process, self.cgroup, self.zram = Process(pid), cgroup, zram
         self.rows: list[dict[str, Any]] = []
         self.daemons: dict[str, int] = {}
         self._cpu_s: dict[str, float] = {}
         self._starts = {int(start, 16): [np.array(part, int) for part in parts] for start, parts in places.items()}
-        self._scrambled, self._move_s = scrambled, move_s
+        self._scrambled, self._hot_share, self._move_s = scrambled, hot_share, move_s
         self._looked_s = -EVERY_S
 
     def follow(self, lines: Any, for_s: float) -> list[dict[str, Any]]:
@@ -74,8 +76,8 @@ class Watch:
     def _hot_parts(self, at_s: float) -> set[int]:
         if self._scrambled:
             return set(range(PARTS))
-        first = int(at_s // self._move_s) * HOT_SHARE * PARTS
-        return {int(first + k) % PARTS for k in range(int(HOT_SHARE * PARTS))}
+        first = int(at_s // self._move_s) * self._hot_share * PARTS
+        return {int(first + k) % PARTS for k in range(int(self._hot_share * PARTS))}
 
     def figures(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
         """Of the time that counts, against the time before there was a policy."""

@@ -166,9 +166,16 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, arguments, told):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("world", ["local", "remote"])
-def test_the_other_worlds_say_that_they_are_not_here_yet(folder, world):
-    assert f"--world {world} is not here yet" in complaint(folder, "run", "small.toml", "--world", world, code=5)
+@pytest.mark.parametrize(
+    ("world", "told", "code"),
+    [
+        ("local", "--world local runs scenarios of memory so far; small is one of sched: `wave bench live` has what runs for real of it", 5),
+        ("remote", "--world remote: scenarios are not run there yet", 5),
+        ("locl", "--world locl: no such world (did you mean 'local'?); there are: virtual, local", 2),
+    ],
+)
+def test_a_world_that_a_scenario_cannot_be_run_in_is_told(folder, world, told, code):
+    assert told in complaint(folder, "run", "small.toml", "--world", world, code=code)
 
 
 def test_a_parameter_that_the_policy_does_not_have_is_refused(folder):

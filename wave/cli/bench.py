@@ -1,7 +1,8 @@
 """`wave bench NAME`: one benchmark, one object, one verdict. The benchmarks are the modules of `waveos.bench` that have `run` and `OPTIONS`.
 
 Such a module has `run(**options) -> dict` with the keys `name`, `metrics` (flat numbers), `machine`, `timing` ("measured" or "modelled") and, if it
-has something to judge by, `verdict` (one line). `OPTIONS` maps each option to its default, or to (default, what it is).
+has something to judge by, `verdict` (one line); where Ctrl-C ended it and it kept what it had, `interrupted`: True. `OPTIONS` maps each option to its
+default, or to (default, what it is).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from waveos.cli import INTERRUPTED
 from waveos.cli.terminal import Json, print_json, print_table, show_number, talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
@@ -26,11 +28,11 @@ def bench(
     name: Annotated[str, typer.Argument(help="The benchmark; without a name the list of them.", show_default=False)] = "",
     as_json: Json = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random in it.", show_default=False)] = None,
-) -> None:
+) -> int | None:
     """Measure one part against its peers. Further options of a benchmark: --OPTION VALUE, listed by `wave bench`."""
     if not name:
         _list(as_json)
-        return
+        return None
     module = load_bench(name)
     options = _parse(name, context.args, _defaults(module))
     if seed is not None:
@@ -47,6 +49,7 @@ def bench(
         print_json(result)
     else:
         _print(result)
+    return INTERRUPTED if result.get("interrupted") else None
 
 
 def bench_names() -> list[str]:

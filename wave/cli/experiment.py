@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results, write_report
-from waveos.cli.running import measure, only_in, open_pool, prepare, run_subsystem, single_run, trace_subsystem, write_trace
+from waveos.cli.running import find_local, measure, only_in, open_pool, prepare, run_local, run_subsystem, single_run, trace_subsystem, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
@@ -35,7 +35,7 @@ Processes = Annotated[int | None, typer.Option(min=1, help="Processes to simulat
 Out = Annotated[Path | None, typer.Option("--out", help="Write the results to this file, as JSON.", show_default=False)]
 Report = Annotated[Path | None, typer.Option("--report", help="Write an HTML report to this file.", show_default=False)]
 Placement = Annotated[str, typer.Option(help="Where decisions are made: kernel, on-host or offload.")]
-World = Annotated[str, typer.Option(help="virtual; local and remote are not here yet.")]
+World = Annotated[str, typer.Option(help="virtual, or, for run and compare of memory, local: this machine's own kernel.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,6 +59,12 @@ def run(
     """One policy, in one place, under one load."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
     check_outputs(out, trace)
+    if world == "local":
+        module = find_local(scenario)
+        _refuse(scenario, {"--load": load, "--trace": trace})
+        results, code = run_local(module, scenario, placement)
+        give_results(results, out, None, as_json, stopped=code)
+        return code
     if scenario.subsystem != "sched":
         _refuse(scenario, {"--load": None if hasattr(scenario, "workload") else load})
         results, code = run_subsystem(scenario, placement)
@@ -99,6 +105,12 @@ def compare(
     """The kernel's own policy, and each policy with its agent on the host and on the IPU: what offload costs and saves."""
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
     check_outputs(out, report)
+    if world == "local":
+        module = find_local(scenario)
+        _refuse(scenario, {"--loads": loads, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
+        results, code = run_local(module, scenario)
+        give_results(results, out, report, as_json, stopped=code)
+        return code
     if scenario.subsystem != "sched":
         offered = None if hasattr(scenario, "workload") else loads
         _refuse(scenario, {"--loads": offered, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
@@ -130,6 +142,8 @@ def sweep(
     as_json: Json = False,
 ) -> int | None:
     """Saturation, or the given loads, for every combination of the values of some keys."""
+    if world == "local":
+        raise ConfigError("--world local: a sweep is of the virtual world; wave run SCENARIO --world local --set KEY=VALUE, once for each")
     combinations = [_combine(each) for each in itertools.product(*(_over(each) for each in over))]
     scenarios = [
         (
@@ -257,12 +271,10 @@ def _load(
     """The scenario with the flags over its keys."""
     from waveos.scenario import load_scenario
 
-    if world in ("local", "remote"):
-        raise MissingError(f"--world {world} is not here yet; --world virtual runs every scenario on a model of the machine")
-    if world != "virtual":
-        raise ConfigError(
-            f"--world {world}: no such world{nearest(world, ['virtual', 'local', 'remote'])}; there is virtual (local and remote are to come)"
-        )
+    if world == "remote":
+        raise MissingError("--world remote: scenarios are not run there yet; `wave hostd` with `wave relay` has an agent on another machine decide")
+    if world not in ("virtual", "local"):
+        raise ConfigError(f"--world {world}: no such world{nearest(world, ['virtual', 'local'])}; there are: virtual, local")
     flags: list[str | tuple[str, Any, str]] = [*(settings or []), *extra]
     if seed is not None:
         flags.append(("run.seed", seed, "--seed"))

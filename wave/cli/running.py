@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from waveos.cli import INTERRUPTED
 from waveos.cli.terminal import talk
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest, split_policy_file
 
 if TYPE_CHECKING:
@@ -59,6 +59,31 @@ def run_subsystem(scenario: Any, placement: str = "all") -> tuple[Any, int | Non
         raise ConfigError(f"--placement {placement}: no such place{nearest(placement, places)}; there are {', '.join(places)}")
     with _show_progress("", "") as progress:
         results = experiment.compare(scenario, places if placement == "all" else (placement,), progress)
+    results["machine"] = import_module("waveos.bench.machine").describe_machine()
+    return results, INTERRUPTED if results["interrupted"] else None
+
+
+def find_local(scenario: Any) -> Any:
+    """What runs such a scenario on this machine's own kernel: a module `waveos.bench.<subsystem>_local` with `PLACEMENTS` and `compare(scenario, progress,
+    tell)`, which gives results as `run_subsystem`'s. Raises MissingError for a subsystem that has none."""
+    name = f"waveos.bench.{scenario.subsystem}_local"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    instead = {"sched": "wave bench live", "net": "wave bench net", "serving": "wave serve"}.get(scenario.subsystem, "wave bench")
+    raise MissingError(
+        f"--world local runs scenarios of memory so far; {scenario.name} is one of {scenario.subsystem}: `{instead}` has what runs for real of it"
+    )
+
+
+def run_local(module: Any, scenario: Any, placement: str = "all") -> tuple[Any, int | None]:
+    """As `run_subsystem`, by a module that `find_local` has found."""
+    if placement not in (*module.PLACEMENTS, "all"):
+        raise ConfigError(f"--placement {placement}: in the local world the policy is in agentd, always: leave it out")
+    with _show_progress("", "") as progress:
+        results = module.compare(scenario, progress, talk)
     results["machine"] = import_module("waveos.bench.machine").describe_machine()
     return results, INTERRUPTED if results["interrupted"] else None
 
