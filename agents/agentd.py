@@ -1,8 +1,9 @@
 """agentd: the process that decides, for the hosts at the other end of its links.
 
-It needs no privilege: hostd hands it the queues of an enclave (`shm:///run/wave/NAME/agent.sock`), or it finds a ring by name (`shm://NAME`). It polls as
-an ordinary thread. When hostd goes it waits for it to come back; an agent of a ring by name ends with its host. Both end at SIGTERM, and when the policy
-of the last enclave fails. What takes long (finding a host, compiling a policy) is done beside the loop, so that the other enclaves do not wait.
+It needs no privilege: hostd hands it the queues of an enclave (`shm:///run/wave/NAME/agent.sock`), or it finds a ring by name (`shm://NAME`) or in memory
+that it shares with another machine (`bar://PATH`). It polls as an ordinary thread. When the host goes it waits for it to come back; an agent of a ring by
+name ends with its host. Both end at SIGTERM, and when the policy of the last enclave fails. What takes long (finding a host, compiling a policy) is done
+beside the loop, so that the other enclaves do not wait.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from waveos.sched.records import KICKED, MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
 NETWORK = "zmq+tcp://"
+STAYING = ("shm:///", "bar://")
+"""Links that outlive their host: the agent waits for the next one."""
 GUESTS = 64
 """Enclaves of other machines that one agentd serves at most."""
 IDLE_S = 0.05
@@ -100,7 +103,7 @@ class Served:
     def __init__(self, url: str, policy: str | None, orders: Orders, row: np.ndarray[Any, Any], number: int) -> None:
         self.url, self.orders, self._row = url, orders, row
         self._policy, self._params = policy, orders.params
-        self._stays = url.startswith("shm:///")
+        self._stays = url.startswith(STAYING)
         self._number = number
         self._tapes = 0
         self._link: Any = None

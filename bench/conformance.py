@@ -1,10 +1,11 @@
 """Does every policy decide the same in every world: a recorded stream replayed through each link, compiled and as plain Python.
 
-The stream is what the emulator feeds the policy under a load with preemptions, batch ends included; its decisions are first made without any link. Then the
-same bytes go through the virtual link and, to a real agentd process, through shared memory and the network link (on loopback), each with WAVE_JIT=1 and
-0: six runs a policy. Where this machine can (root, BTF, two CPUs) a real enclave runs under each policy, too. What its agent was told is replayed in the
-same way, and must give what it decided then: seven runs more a policy. `identical_share` is the share of all these runs whose decisions are the same byte
-for byte. A stream ends with a resynchronisation that makes known decisions, so that a decision too many is seen as well as one too few.
+The stream is what the emulator feeds the policy under a load with preemptions, batch ends included; its decisions are first made without any link.
+Then the same bytes go through the virtual link and, to a real agentd process, through shared memory, the link of a PCI BAR (a file stands for the
+device) and the network link (on loopback), each with WAVE_JIT=1 and 0: eight runs a policy. Where this machine can (root, BTF, two CPUs) a real
+enclave runs under each policy, too. What its agent was told is replayed in the same way, and must give what it decided then: nine runs more a policy.
+`identical_share` is the share of all these runs whose decisions are the same byte for byte. A stream ends with a resynchronisation that makes known
+decisions, so that a decision too many is seen as well as one too few.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from waveos import ring
 from waveos.bench.conformance_live import record_live, why_not
 from waveos.bench.machine import describe_machine
-from waveos.bench.remote import free_port
+from waveos.bench.remote import BAR_BYTES, free_port
 from waveos.errors import ConfigError, WaveError
 from waveos.keys import Keys
 from waveos.link import MESSAGES, open_link
@@ -41,7 +42,7 @@ OPTIONS = {
 QUICK_MESSAGES, QUICK_LIVE_S = 5_000, 0.5
 CPUS, THREADS, AHEAD = 8, 512, 1
 LOAD_PER_S = 120_000
-WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://", "zmq": "zmq+tcp://itself@127.0.0.1:"}
+WORLDS = {"virtual": "virtual://mount-evans", "shm": "shm://", "bar": "bar://", "zmq": "zmq+tcp://itself@127.0.0.1:"}
 CHUNK = 1_024
 START_S = 120.0
 """An agent of a network link answers once its policy is compiled."""
@@ -157,6 +158,10 @@ def replay(world: str, policy: str, stream: Any, expected: int, cpus: int = CPUS
         url = WORLDS[world]
         if world == "shm":
             url += f"conformance-{os.getpid()}"
+        elif world == "bar":
+            device = stack.enter_context(tempfile.NamedTemporaryFile(prefix="wave-bar-", dir="/dev/shm"))
+            os.truncate(device.name, BAR_BYTES)
+            url += device.name
         elif world == "zmq":
             keys = Keys(stack.enter_context(tempfile.TemporaryDirectory()))
             keys.add("itself", keys.new().public)

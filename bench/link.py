@@ -33,7 +33,7 @@ from waveos.bench import peers
 from waveos.bench.machine import describe_machine
 from waveos.errors import ConfigError, WaveError
 from waveos.jit import jit
-from waveos.link import MESSAGES, TXNS
+from waveos.link import MESSAGES, TXNS, open_link
 from waveos.link.shm import ShmLink
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
@@ -121,24 +121,25 @@ def _conclude(metrics: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _both_sides(cores: list[int], policy: str, cpus: int) -> Iterator[Callable[[str, str, int], Any]]:
-    """Yields what runs one block, with the other side in a process on the second core."""
+def _both_sides(cores: list[int], policy: str, cpus: int, device: str = "") -> Iterator[Callable[[str, str, int], Any]]:
+    """Yields what runs one block, with the other side in a process on the second core. With a `device` (bar://...) there is a kind `bar`, too: as `shm`."""
     before = os.sched_getaffinity(0)
     lines = np.frombuffer(mmap.mmap(-1, 8_192), np.int64)
     context = get_context("fork")
     here, there = context.Pipe()
     url, python_url = (f"shm://bench-{os.getpid()}-{kind}" for kind in ("policy", "python"))
-    with ShmLink(url) as link, ShmLink(python_url) as python:
+    with ShmLink(url) as link, ShmLink(python_url) as python, contextlib.ExitStack() as stack:
         pairs = peers.make(f"wave-bench-{os.getpid()}")
-        other = context.Process(target=_serve_blocks, args=(there, cores[1], lines, url, python_url, policy, cpus, pairs), daemon=True)
+        other = context.Process(target=_serve_blocks, args=(there, cores[1], lines, (url, python_url, device), policy, cpus, pairs), daemon=True)
         other.start()
         there.close()
         try:
             os.sched_setaffinity(0, {cores[0]})
+            bar: Any = stack.enter_context(contextlib.closing(open_link(device))) if device else None
             _expect(here)
             for pair in pairs.values():
                 pair.open("host")
-            host = _Host(link, cpus)
+            hosts = {kind: _Host(each, cpus) for kind, each in (("shm", link), ("bar", bar)) if each is not None}
 
             def block(kind: str, variant: str, n: int) -> Any:
                 here.send((kind, variant, n))
@@ -147,10 +148,10 @@ def _both_sides(cores: list[int], policy: str, cpus: int) -> Iterator[Callable[[
                 match kind:
                     case "raw":
                         result: Any = _times(lambda out: _ping(lines, out), n)
-                    case "shm":
-                        result = host.round_trips(n)
+                    case "shm" | "bar":
+                        result = hosts[kind].round_trips(n)
                     case "shm_stream":
-                        result = host.stream(n)
+                        result = hosts["shm"].stream(n)
                     case "shm_python":
                         result = _python_round_trips(python, n)
                     case "pyzmq_stream":
@@ -193,15 +194,19 @@ def _times(block: Callable[[Any], None], n: int) -> Any:
 # The other side
 
 
-def _serve_blocks(pipe: Any, core: int, lines: Any, url: str, python_url: str, policy: str, cpus: int, pairs: dict[str, Any]) -> None:
+def _serve_blocks(pipe: Any, core: int, lines: Any, urls: tuple[str, str, str], policy: str, cpus: int, pairs: dict[str, Any]) -> None:
     """The process of the other side: does its part of one block after the other."""
+    url, python_url, device = urls
     try:
         os.sched_setaffinity(0, {core})
         link, python = ShmLink(url, side="agent"), ShmLink(python_url, side="agent")
         for pair in pairs.values():
             pair.open("agent")
-        agent = _Agent(link, policy, cpus)
-        agent.serve()  # compiles, or loads what was compiled
+        agents = {"shm": _Agent(link, policy, cpus)}
+        if device:
+            agents["bar"] = _Agent(open_link(device, side="agent", patience_s=PATIENCE_NS / 1e9), policy, cpus)
+        for agent in agents.values():
+            agent.serve()  # compiles, or loads what was compiled
         pipe.send("ready")
         while (block := pipe.recv()) is not None:
             kind, variant, n = block
@@ -209,9 +214,9 @@ def _serve_blocks(pipe: Any, core: int, lines: Any, url: str, python_url: str, p
             match kind:
                 case "raw":
                     _pong(lines, n)
-                case "shm" | "shm_stream":
+                case "shm" | "shm_stream" | "bar":
                     while not pipe.poll():
-                        agent.serve()
+                        agents[kind.removesuffix("_stream")].serve()
                 case "shm_python":
                     _python_echo(python, n)
                 case "pyzmq_stream":
@@ -229,7 +234,7 @@ def _serve_blocks(pipe: Any, core: int, lines: Any, url: str, python_url: str, p
 class _Agent:
     """What agentd does with a link: the policy's runtime and the compiled loop."""
 
-    def __init__(self, link: ShmLink, policy: str, cpus: int) -> None:
+    def __init__(self, link: Any, policy: str, cpus: int) -> None:
         from waveos.agents.loop import ENCLAVE, POLICY_FAILED, join, serve
 
         self._serve, self._failed = serve, POLICY_FAILED
@@ -323,7 +328,7 @@ def _stream(up: Any, up_own: Any, records: Any, n: int) -> None:
 class _Host:
     """The compiled host's records: CPU 0 idles, the others run a thread each; thread 0 comes and goes, and thread 1 is the stream's: it wakes and blocks."""
 
-    def __init__(self, link: ShmLink, cpus: int) -> None:
+    def __init__(self, link: Any, cpus: int) -> None:
         self.rings = link.messages_memory, link.messages_own, link.txns_memory, link.txns_own
         kinds = Message.THREAD_RUNNABLE, Message.TXN_OUTCOME, Message.THREAD_BLOCKED, Message.CPU_IDLE
         self.fields = np.concatenate([_message(kind, 0, 0) for kind in kinds])

@@ -1,4 +1,4 @@
-"""The network link against plain pyzmq, and shared memory beside it: round trips and messages per second between two processes of this machine.
+"""The network link against plain pyzmq, and the links that share memory beside it: round trips and messages per second between two processes here.
 
 Both sides are Python over TCP on loopback, one process on each of two cores; in every round each kind gets a short block, so that all meet the same
 machine; figures are medians over the rounds. A round trip is one record of 64 bytes there and one back. A stream is records in batches, all taken by the
@@ -7,6 +7,8 @@ other side, whose answer ends it.
 zmq          Wave's verbs on both sides: CURVE, numbered frames, credit, signs of life; round trips without a deadline for batches, streams with one of 200 us
 plain_pyzmq  DEALER and ROUTER, a frame of the same bytes, no encryption, nothing else
 shm          the shared-memory link, compiled, as `wave bench link` measures it
+bar          the link through a PCI BAR, in the same way and in turns with it; a file in memory stands for the device, so what is measured is the code (its
+             barriers), not a device: each line that crosses PCIe costs the host some 0.5-1 us more, which the emulator's link profiles charge
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ OPTIONS = {
     "round_trips": (1_000, "round trips of a block"),
     "messages": (40_000, "messages of a block"),
     "batch": (64, "messages sent at once, 1 to 256"),
-    "shm": (True, "also the shared-memory link (compiles the agent's loop, if that was not done before)"),
+    "shm": (True, "also the links that share memory, shm and bar (compiles the agent's loop, if that was not done before)"),
 }
 PATIENCE_NS = 10_000_000_000
 WARM = 0.1
 """Share of a block that is not counted."""
 BATCH_US = 200.0
 """What a batch may wait for others in a stream."""
+BAR_BYTES = 1 << 20
 WANTED_RTT, WANTED_STREAM = 1.5, 0.55
 """Times plain pyzmq: a round trip at most, a stream at least."""
 clock_ns = time.monotonic_ns
@@ -104,7 +107,7 @@ def run(rounds: int = 9, round_trips: int = 1_000, messages: int = 40_000, batch
     metrics["rtt_ratio"] = median(a / b for a, b in zip(times["zmq_rtt"], times["plain_pyzmq_rtt"], strict=True))
     metrics["stream_ratio"] = median(a / b for a, b in zip(times["zmq_batched_stream"], times["plain_pyzmq_stream"], strict=True))
     if shm:
-        metrics["shm_rtt_p50_ns"] = _shm_rtt_ns(cores, rounds)
+        metrics |= _memory_rtts_ns(cores, rounds)
     return {"name": "remote", "metrics": metrics, "machine": describe_machine(), "timing": "measured", "verdict": _conclude(metrics)}
 
 
@@ -121,11 +124,17 @@ def _conclude(metrics: dict[str, Any]) -> str:
     )
 
 
-def _shm_rtt_ns(cores: list[int], rounds: int) -> float:
-    """As `wave bench link` measures it."""
+def _memory_rtts_ns(cores: list[int], rounds: int) -> dict[str, float]:
+    """Both links that share memory, interleaved, each as `wave bench link` measures it."""
     link = import_module("waveos.bench.link")
-    with link._both_sides(cores, "fifo", 8) as block:
-        return median(float(np.median(block("shm", "", link.BLOCKS["shm"]))) for _ in range(rounds))
+    times: dict[str, list[float]] = {"shm": [], "bar": []}
+    with tempfile.NamedTemporaryFile(prefix="wave-bar-", dir="/dev/shm") as device:
+        os.truncate(device.name, BAR_BYTES)
+        with link._both_sides(cores, "fifo", 8, f"bar://{device.name}") as block:
+            for _ in range(rounds):
+                for kind, each in times.items():
+                    each.append(float(np.median(block(kind, "", link.BLOCKS["shm"]))))
+    return {f"{kind}_rtt_p50_ns": median(each) for kind, each in times.items()}
 
 
 def free_port() -> int:

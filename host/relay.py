@@ -1,4 +1,5 @@
-"""The relay: it stands in a host's enclave where an agent would, and carries what is said to an agent on another machine, and back.
+"""The relay: it stands in a host's enclave where an agent would, and carries what is said to an agent on another machine, and back: over a network, or
+through the BAR of the device that the agent runs on.
 
 To hostd it is an agent (`shm:///run/wave/NAME/agent.sock`); to the agent it is a host. It decides nothing and checks nothing: hostd's half checks
 each decision by its sequence number, wherever it was made. When the far agent is lost the relay leaves the enclave, which then has no agent; when it
@@ -12,12 +13,13 @@ import os
 import signal
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 from waveos import ring
 from waveos.errors import LinkError
 from waveos.link import open_link
-from waveos.link.zmq import parse_url
+from waveos.link.device import Device
 from waveos.primitives import CoherentMemory, clock_ns, ring_doorbell
 from waveos.process import start_time
 
@@ -65,23 +67,33 @@ class Relay:
     def _prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
         """hostd has told about its enclave: find the agent for it. hostd asks for nothing until then."""
         about: dict[str, Any] = {name: facts[name] for name in ("enclave", "cpus", "threads", "ahead") if name in facts}
-        if self.far is None or about != self._about:
-            if self.far is not None:
-                self.far.close()
+        if self.far is not None and (about != self._about or not self._lasts()):
+            self.far.close()
+            self.far = None
+        if self.far is None:
             self._about = about
-            self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, say=_say, **self._options)
+            self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, **self._options)
+            _say(f"waits for an agent at {self.far_url}")
         self.far.await_agent(math.inf)
         self._joins = self.far.peer_joins()
         self.far.poll_txns(AT_ONCE)  # decided on a state that is no more
         self._bell = facts.get("bell", -1)
         return {"policy": self.far.policy, "params": {}}
 
+    def _lasts(self) -> bool:
+        """False once the far link itself is over: the memory of a device was reset."""
+        try:
+            self.far.check()
+        except LinkError:
+            return False
+        return True
+
     def _carry(self, near: Any) -> None:
         """Both ways, until one end is lost. Raises LinkError."""
         far, handed = self.far, near.handed
         beat = CoherentMemory(near.txns_memory)
         has_flags = "flags" in (self.subsystem.DECISION.names or ())
-        busy_ns = look_ns = beat_ns = 0
+        busy_ns = look_ns = beat_ns = heard = 0
         while True:
             now_ns = clock_ns()
             if now_ns >= look_ns:
@@ -89,7 +101,9 @@ class Relay:
                 self._attend(near)
             if now_ns >= beat_ns:
                 beat_ns = now_ns + BEAT_NS
-                ring.beat(beat, now_ns)
+                before, heard = heard, far.heartbeat() if hasattr(far, "heartbeat") else now_ns
+                if heard != before:  # where the agent's own sign of life is seen from here, hostd's watchdog counts on that
+                    ring.beat(beat, now_ns)
             decisions = far.poll_txns(AT_ONCE)
             if n := len(decisions):
                 if far.peer_joins() != self._joins:
@@ -132,7 +146,11 @@ class Relay:
 
 def run_relay(near: str, far: str, subsystem: Any, **options: Any) -> None:
     """Carry until SIGTERM or SIGINT. Raises LinkError if the far address is none, or if hostd does not want an agent of this user."""
-    parse_url(far)
+    if far.startswith("bar://"):
+        Device(far, "host").close()
+    else:
+        import_module("waveos.link.zmq").parse_url(far)
+        options = {"say": _say, **options}
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     path = near.removeprefix("shm://")

@@ -3,7 +3,8 @@
 A write-combining (WC) side's stores wait in a buffer and reach the memory late, word by word and in any order; without a flush perhaps
 never, and a fence waits for those flushed alone. A write-through (WT) side's lines, once read, stay as they were until invalidated or evicted,
 and may be fetched unasked. A write-back (WB) side is a weakly ordered core on its own memory: its stores arrive by themselves, but in any
-order until a fence. A doorbell overtakes whatever is still in a buffer.
+order until a fence. An uncached (UC) side reads what the memory has, past its own stores that wait in a buffer, as if it had another mapping for them.
+A doorbell overtakes whatever is still in a buffer.
 
 The parties are plain functions that use the primitives of `waveos.primitives` on a `StrictSide`; each primitive is a point where
 the other party or the hardware may go first, as `Choices` say (bytes from hypothesis, then numbers derived from them, so that
@@ -36,6 +37,7 @@ class Mapping(Enum):
     _value_: tuple[str, str]
     AGENT = ("WB", "WB")  # the IPU, on its own memory
     HOST = ("WC", "WT")  # the host, through the link
+    BAR = ("WC", "UC")  # the host, through a PCI BAR, of which it writes one part and reads another
 
     @property
     def combines(self) -> bool:
@@ -46,6 +48,11 @@ class Mapping(Enum):
     def caches(self) -> bool:
         """Lines may be stale until invalidated."""
         return self.value[1] == "WT"
+
+    @property
+    def forwards(self) -> bool:
+        """A load sees this side's own stores that have not arrived. Nothing of a BAR relies on that: its parts may be mapped in two ways."""
+        return self.value[1] != "UC"
 
 
 class Choices:
@@ -146,15 +153,15 @@ class StrictSide:
     """One side's view of a memory: the five primitives. `line_fills` counts line transfers."""
 
     def __init__(self, memory: StrictMemory, mapping: Mapping) -> None:
-        self.memory, self.combines, self.caches = memory, mapping.combines, mapping.caches
+        self.memory, self.combines, self.caches, self.forwards = memory, mapping.combines, mapping.caches, mapping.forwards
         self.pending: dict[int, tuple[int, bool]] = {}  # word: (value, flushed)
         self.lines: dict[int, list[int]] = {}
         self.line_fills = 0
 
     def load(self, i: int) -> int:
-        """The word: this side's own last store, or what its copy of the line says, or the memory."""
+        """The word: this side's own last store (if it `forwards`), or what its copy of the line says, or the memory."""
         self.memory.machine.step()
-        if i in self.pending:
+        if self.forwards and i in self.pending:
             return self.pending[i][0]
         if not self.caches:
             return self.memory.words[i]

@@ -15,8 +15,9 @@ of cached memory keep this; a device that does not (PCIe lets it not) needs a co
 
 Compiled, the primitives are chosen by the numba type of the memory: for a C-contiguous int64 array it is coherent shared memory, where a load is
 an acquire load, a store a relaxed atomic one, a fence a release fence (no instruction on x86, `dmb ish` on Arm), and flush and
-invalidate are nothing. Another kind of memory is another numba type with `overload`s of these five functions. Interpreted, they are
-the methods of the memory: the strict model's (`waveos.ipu_emulator.strict`), or those of `CoherentMemory` here.
+invalidate are nothing. For a `BarMemory` (the host's side of a PCI BAR) loads and stores are the same, and flush and fence are the barriers that empty
+what combines writes: x86 `sfence`, Arm `dsb`. Another kind of memory is another numba type with `overload`s of these five functions.
+Interpreted, they are the methods of the memory: the strict model's (`waveos.ipu_emulator.strict`), or those of `CoherentMemory` and `BarMemory` here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from waveos.jit import jit
 
 LINE_WORDS = 8
 _ONE = (1).to_bytes(8, "little")
@@ -75,6 +78,37 @@ class CoherentMemory:
 
     def invalidate(self, i: int) -> None:
         """Nothing: loads are never stale."""
+
+
+class BarMemory(NamedTuple):
+    """Memory of a device as its host has it, for interpreted and for compiled code: parts that it writes may be mapped write-combining, parts that it reads
+    are uncached.
+
+    A load is never older than its call, so `invalidate` is nothing; but it may pass this side's own stores, which wait in a buffer of the core until a
+    flush.
+    """
+
+    words: Words
+
+    def load(self, i: int) -> int:
+        """The word as the device has it now."""
+        return int(self.words[i])
+
+    def store(self, i: int, value: int) -> None:
+        """Into the core's buffer."""
+        self.words[i] = value
+
+    def flush(self, i: int) -> None:
+        """Empty the core's buffers."""
+        _drain()
+
+    def fence(self) -> None:
+        """Empty the core's buffers, in order."""
+        _drain()
+
+    def invalidate(self, i: int) -> None:
+        """Nothing of it is cached; but an interpreter's loads are in program order on x86 alone."""
+        _drain()
 
 
 def load(memory: Any, i: int) -> int:
@@ -201,12 +235,16 @@ def _ring_doorbell(typing_context: Any, fd: Any) -> Any:
 def _pause(typing_context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if platform.machine() in _PAUSES:
-            name, operands = _PAUSES[platform.machine()]
-            constants = [ir.Constant(ir.IntType(32), operand) for operand in operands]
-            builder.call(builder.module.declare_intrinsic(name, fnty=ir.FunctionType(ir.VoidType(), [ir.IntType(32)] * len(constants))), constants)
+            _call(builder, *_PAUSES[platform.machine()])
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+def _call(builder: Any, name: str, operands: tuple[int, ...]) -> None:
+    """An instruction of the machine's that LLVM knows by that name."""
+    constants = [ir.Constant(ir.IntType(32), operand) for operand in operands]
+    builder.call(builder.module.declare_intrinsic(name, fnty=ir.FunctionType(ir.VoidType(), [ir.IntType(32)] * len(constants))), constants)
 
 
 @overload(load, strict=False)
@@ -232,6 +270,57 @@ def _compiled_fence(memory: Any) -> Any:
 @overload(invalidate, strict=False)
 def _compiled_invalidate(memory: Any, i: Any) -> Any:
     return (lambda memory, i: None) if _is_coherent(memory) else None
+
+
+# Compiled: the host's side of a BAR. What combines writes may keep them for good, so a flush has to be the barrier that empties its buffers; x86 has no
+# other that does so for one line of such memory, and Arm's non-cacheable stores end with `dsb`.
+
+_BARRIERS = {"x86_64": ("llvm.x86.sse.sfence", ()), "aarch64": ("llvm.aarch64.dsb", (15,))}
+
+
+def _is_bar(memory: Any) -> bool:
+    return isinstance(memory, types.NamedUniTuple) and memory.instance_class is BarMemory and _is_coherent(memory.dtype)
+
+
+@intrinsic
+def _fence_device(typing_context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst" if platform.machine() not in _BARRIERS else "release")  # so that the compiler, too, moves nothing across
+        if platform.machine() in _BARRIERS:
+            _call(builder, *_BARRIERS[platform.machine()])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@jit
+def _drain() -> None:
+    _fence_device()
+
+
+@overload(load, strict=False)
+def _bar_load(memory: Any, i: Any) -> Any:
+    return (lambda memory, i: _load_acquire(memory.words, i)) if _is_bar(memory) else None
+
+
+@overload(store, strict=False)
+def _bar_store(memory: Any, i: Any, value: Any) -> Any:
+    return (lambda memory, i, value: _store_relaxed(memory.words, i, value)) if _is_bar(memory) else None
+
+
+@overload(flush, strict=False)
+def _bar_flush(memory: Any, i: Any) -> Any:
+    return (lambda memory, i: _fence_device()) if _is_bar(memory) else None
+
+
+@overload(fence, strict=False)
+def _bar_fence(memory: Any) -> Any:
+    return (lambda memory: _fence_device()) if _is_bar(memory) else None
+
+
+@overload(invalidate, strict=False)
+def _bar_invalidate(memory: Any, i: Any) -> Any:
+    return (lambda memory, i: None) if _is_bar(memory) else None
 
 
 @overload(clock_ns, strict=False)

@@ -284,7 +284,9 @@ def room(memory: Any, own: Any, n: int) -> int:
     """How many records surely fit, for a producer that would rather wait than overflow; the credit is read anew only where fewer than n seem to."""
     if own[CAPACITY] - (own[NEXT] - own[CREDIT]) < n:
         invalidate(memory, CREDIT_AT)
-        own[CREDIT] = load(memory, CREDIT_AT)
+        credit = load(memory, CREDIT_AT)
+        if own[CREDIT] <= credit <= own[NEXT]:  # else the consumer writes what cannot be: no more room is taken on its word
+            own[CREDIT] = credit
     return own[CAPACITY] - (own[NEXT] - own[CREDIT])  # type: ignore[no-any-return]
 
 
@@ -313,6 +315,6 @@ def _publish(memory: Any, own: Any, position: int, first_word: int) -> None:
 @cache
 def compiled() -> SimpleNamespace:
     """The functions above for Python callers: compiled at the first call with int64 arrays and kept on disk."""
-    set_up = (create, retire, identity, restarted, join_producer, join_consumer, joins, overflowed, beat, heartbeat)
+    set_up = (create, retire, identity, restarted, join_producer, join_consumer, joins, overflowed, beat, heartbeat, settle, room)
     public = (*set_up, send, send_one, poll, poll_one, prefetch, wait)
     return SimpleNamespace(**{function.__name__: jit(function) for function in public})

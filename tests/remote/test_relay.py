@@ -80,6 +80,33 @@ def test_an_enclave_goes_on_through_the_loss_of_agent_relay_and_hostd(machines, 
     assert enclave.status()["agents_lost"] == 2
 
 
+def test_the_same_through_a_bar_and_the_agent_takes_what_the_host_says_of_the_enclave(machines, tmp_path, monkeypatch, request):
+    machines.device = tmp_path / "memory"
+    machines.device.write_bytes(bytes(1 << 20))
+    enclave = request.getfixturevalue("enclave")
+    agent = machines.agentd("fifo")
+    enclave.goes_on()
+    assert (enclave.status()["policy"], enclave.status()["report"]["far"]) == ("fifo", machines.url)
+    agent.send_signal(signal.SIGSTOP)
+    until(lambda: not enclave.status()["agent"], "the relay stays although its agent is silent")
+    agent.send_signal(signal.SIGCONT)
+    enclave.goes_on()
+    agent.kill()
+    until(lambda: not enclave.status()["agent"], "the relay stays although its agent is lost")
+    agent.wait()
+    machines.agentd("fifo")
+    enclave.goes_on()
+    enclave.relay.kill()
+    until(lambda: not enclave.status()["agent"])
+    enclave.relay.wait()
+    enclave.relay = machines.wave(machines.host, "relay", enclave.name, machines.url)
+    enclave.goes_on()
+    with machines.device.open("r+b") as memory:
+        memory.write(bytes(1 << 20))  # the device was reset: the relay lays it out anew, and the agent comes back
+    until(lambda: enclave.status()["agents_lost"] >= 4, "the relay goes on as if nothing had happened")
+    enclave.goes_on()
+
+
 def test_a_policy_of_the_far_side_is_changed_there(machines, enclave):
     machines.agentd("fifo")
     enclave.goes_on()

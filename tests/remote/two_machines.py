@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from waveos import sched
@@ -37,10 +38,11 @@ class Machines:
     said: list[str] = field(default_factory=list)
     open: list[Any] = field(default_factory=list)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    device: Path | None = None  # memory that both have, instead of a network between them
 
     @property
     def url(self) -> str:
-        return f"zmq+tcp://127.0.0.1:{self.port}"
+        return f"bar://{self.device}" if self.device else f"zmq+tcp://127.0.0.1:{self.port}"
 
     def link(self, side: str, subsystem: Any = sched, **options: Any) -> Any:
         """One side of the link; closed with the test. A machine that is stopped for seconds is no silent agent here."""

@@ -139,6 +139,18 @@ def test_wait_ends_with_a_record_or_with_the_time():
     assert RUN.wait(memory, consumer, 0)
 
 
+@pytest.mark.parametrize("forged", [-(2**63), -1, 3, 2**62, 2**63 - 1])
+def test_a_credit_that_cannot_be_gives_no_room_and_moves_nothing(forged):
+    memory = np.zeros(ring.words(2), np.int64)
+    producer, _ = joined(memory, 2, RUN)
+    assert RUN.send(memory, producer, np.zeros(16, np.int64), 2) == 2
+    memory[ring.CREDIT_AT] = forged
+    assert RUN.send(memory, producer, np.zeros(16, np.int64), 2) == RUN.send_one(memory, producer, np.zeros(8, np.int64), 0) == 0
+    assert (producer[ring.NEXT], producer[ring.LOST]) == (2, 3)
+    memory[ring.CREDIT_AT] = 1
+    assert RUN.send(memory, producer, np.zeros(16, np.int64), 2) == 1
+
+
 def test_laps_may_run_past_the_mark():
     memory = np.zeros(ring.words(2), np.int64)
     producer, consumer = joined(memory, 2, RUN)

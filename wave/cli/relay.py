@@ -17,10 +17,13 @@ SUBSYSTEMS = ("sched", "memory", "net", "serving")
 @commands.command("relay")
 def relay(
     enclave: Annotated[str, typer.Argument(help="The enclave's name, or the URL of its agent's socket (shm:///...).")],
-    url: Annotated[str, typer.Argument(metavar="URL", help="The agent: zmq+tcp://[KEY@]HOST:PORT, where `wave agentd` listens.")],
+    url: Annotated[
+        str,
+        typer.Argument(metavar="URL", help="The agent: zmq+tcp://[KEY@]HOST:PORT, where `wave agentd` listens, or bar://DEVICE, on which it runs."),
+    ],
     subsystem: Annotated[str, typer.Option(help="What the enclave is for.")] = "sched",
 ) -> None:
-    """Let an agent on another machine decide for an enclave of this one. It runs until it is stopped, and survives both ends."""
+    """Let an agent on another machine, or on a PCI device of this one, decide for an enclave here. It runs until it is stopped, and survives both ends."""
     if subsystem not in SUBSYSTEMS:
         raise ConfigError(f"no subsystem {subsystem!r}{nearest(subsystem, SUBSYSTEMS)}; there are: {', '.join(SUBSYSTEMS)}")
     near = enclave if "://" in enclave else f"shm://{import_module('waveos.host.restore').RUN / enclave / 'agent.sock'}"
