@@ -56,7 +56,7 @@ def test_the_benchmark_counts_what_is_not_the_same(monkeypatch, capsys):
         return got
 
     replay = conformance.replay
-    assert conformance.WORLDS.keys() == {"virtual", "shm", "zmq"}
+    assert conformance.WORLDS.keys() == {"virtual", "shm", "bar", "zmq"}
     monkeypatch.setattr(conformance, "WORLDS", {"virtual": conformance.WORLDS["virtual"]})
     assert conformance.run(messages=200, policies="fifo", live_s=0)["metrics"]["identical_share"] == 1.0
     monkeypatch.setattr(conformance, "replay", with_one_thread_changed)
