@@ -238,6 +238,7 @@ class _Agent:
         from waveos.agents.loop import ENCLAVE, POLICY_FAILED, join, serve
 
         self._serve, self._failed = serve, POLICY_FAILED
+        self._link = link  # the loop knows addresses alone, and they hold as long as this does
         self.bound = load_policy(policy).bind(n_cpus=cpus)
         self.runtime = make_runtime(self.bound, cpus=cpus)
         self.enclave = np.zeros(1, ENCLAVE)
