@@ -1,7 +1,9 @@
 """hostd's two sockets in /run/wave/NAME: `agent.sock`, where one agent is handed the enclave's queues, and `control.sock`, where people ask and order.
 
 Who connects is known from the kernel (SO_PEERCRED, SO_PEERGROUPS). The agent's protocol is `waveos.handover`'s; control is one JSON object a line each
-way: {"do": "status"}, {"do": "set-policy", "policy": NAME, "params": {...}}, {"do": "stop"}; answered by {"ok": true, ...} or {"ok": false, "error": line}.
+way: {"do": "status"}, {"do": "watch"}, {"do": "set-policy", "policy": NAME, "params": {...}}, {"do": "stop"}; answered by {"ok": true, ...} or
+{"ok": false, "error": line}. A status with "detail": true tells of each CPU; "watch" hands over the two queues' memory, for root to look at
+(wave trace --live).
 """
 
 from __future__ import annotations
@@ -194,10 +196,13 @@ class Client:
     def __init__(self, line: socket.socket, peer: Peer) -> None:
         self.line, self.peer, self.heard = line, peer, b""
 
-    def answer(self, message: Message) -> None:
-        """One line. A client that does not read its answers is shown out."""
+    def answer(self, message: Message, descriptors: list[int] | None = None) -> None:
+        """One line, with descriptors at its begin. A client that does not read its answers is shown out."""
+        data = json.dumps(message, default=_plain).encode() + b"\n"
         try:
-            self.line.sendall(json.dumps(message, default=_plain).encode() + b"\n")
+            if descriptors:
+                data = data[socket.send_fds(self.line, [data], descriptors) :]
+            self.line.sendall(data)
         except OSError:
             with contextlib.suppress(OSError):
                 self.line.shutdown(socket.SHUT_RDWR)  # the next that is heard of it is its end
@@ -265,13 +270,21 @@ class ControlDoor:
 
 def ask(name: str, request: Message, timeout_s: float = 5.0) -> Message:
     """Ask the hostd of that enclave; its answer. Raises ConfigError if there is none, LinkError if it does not answer."""
+    answer, descriptors = ask_for(name, request, timeout_s)
+    for each in descriptors:
+        os.close(each)
+    return answer
+
+
+def ask_for(name: str, request: Message, timeout_s: float = 5.0) -> tuple[Message, list[int]]:
+    """Likewise, with the descriptors that come with the answer; they are the caller's to close."""
     path = path_of(name).with_name("control.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as line:
         line.settimeout(timeout_s)
         try:
             line.connect(str(path))
             line.sendall(json.dumps(request).encode() + b"\n")
-            heard = b""
+            heard, descriptors, _, _ = socket.recv_fds(line, 1 << 20, 8, socket.MSG_CMSG_CLOEXEC)
             while not heard.endswith(b"\n"):
                 if not (data := line.recv(1 << 20)):
                     raise LinkError(f"the hostd of {name!r} went away before it answered")
@@ -282,8 +295,9 @@ def ask(name: str, request: Message, timeout_s: float = 5.0) -> Message:
             raise ConfigError(f"{path} is not for this user: ask as root, or as a member of the group that hostd was told") from None
         except TimeoutError:
             raise LinkError(f"the hostd of {name!r} does not answer within {timeout_s:g} s") from None
-    answer: Message = json.loads(heard)
-    return answer
+        except (ConnectionResetError, BrokenPipeError):
+            raise LinkError(f"the hostd of {name!r} went away before it answered") from None
+    return json.loads(heard), descriptors
 
 
 def running() -> list[str]:

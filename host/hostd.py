@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from waveos import log
 from waveos.errors import ConfigError, WaveError
 from waveos.handover import Message
 from waveos.host import changes, privilege
@@ -61,7 +62,7 @@ class Hostd:
         self._child: subprocess.Popen[bytes] | None = None
         self._child_s = self._again_s = 0.0
         self._back_off_s = BACK_OFF_S[0]
-        self._waiting: list[tuple[float, Client]] = []
+        self._waiting: list[tuple[float, Client, bool]] = []
         self._cores = os.sched_getaffinity(0)
         self._members: set[int] = set()
         try:
@@ -84,7 +85,7 @@ class Hostd:
         self.journal = Journal(told.enclave)
         self._stack.callback(self._restore)
         for line in self.journal.recovered:
-            _say(f"{told.enclave}: put back what a dead hostd left: {line}")
+            self._tell(f"put back what a dead hostd left: {line}", restored=line)
         self.enclave = self._room.find_members(told)
         self._stack.callback(self.enclave.close)
         self._refuse_others(self._room.claims(self.enclave))
@@ -107,7 +108,7 @@ class Hostd:
         if told.agent.start:
             self._start_agent()
         for line in privilege.settle_down(own_cpu, self._room.PRIORITY if own.priority is None else own.priority):
-            _say(f"{told.enclave}: {line}")
+            self._tell(line)
         if not own.keep_capabilities:
             privilege.keep_only((*privilege.HOSTD, *getattr(self.mechanism, "capabilities", ())))
         self._faults = privilege.page_faults()
@@ -157,8 +158,8 @@ class Hostd:
             return 0 if status is None else status if status >= 0 else 128 - status
         return 0
 
-    def _tell(self, line: str) -> None:
-        _say(f"{self.settings.enclave}: {line}")
+    def _tell(self, line: str, level: log.Level = "info", **fields: Any) -> None:
+        log.say("hostd", line, level, enclave=self.settings.enclave, **fields)
 
     def close(self) -> None:
         """Everything as it was. Twice does no harm."""
@@ -166,7 +167,7 @@ class Hostd:
 
     def _restore(self) -> None:
         for line in self.journal.close():
-            _say(f"{self.settings.enclave}: cannot be put back: {line}; `wave restore {self.settings.enclave}` tries again")
+            self._tell(f"cannot be put back: {line}; `wave restore {self.settings.enclave}` tries again", "error")
 
     # The agent
 
@@ -209,6 +210,7 @@ class Hostd:
         command += ["--core", str(agent.core)] if agent.core is not None else []
         command += ["--measure"] if agent.measure else []
         command += ["--record", str(agent.record)] if agent.record else []
+        command += ["--log", "json"] if log.as_json() and module == "waveos.agents.agentd" else []
         environment = dict(os.environ)
         as_user: dict[str, Any] = {}
         if self._agent_user is not None:
@@ -241,14 +243,15 @@ class Hostd:
         if self._child is not None and (status := self._child.poll()) is not None:
             lived_s = time.monotonic() - self._child_s
             self._back_off_s = BACK_OFF_S[0] if lived_s > BACK_OFF_S[1] else min(2 * self._back_off_s, BACK_OFF_S[1])
-            _say(f"{self.settings.enclave}: its agent (pid {self._child.pid}) ended with status {status}; another starts in {self._back_off_s:g} s")
+            line = f"its agent (pid {self._child.pid}) ended with status {status}; another starts in {self._back_off_s:g} s"
+            self._tell(line, "warning", pid=self._child.pid, status=status, again_s=self._back_off_s)
             self._child, self._again_s = None, time.monotonic() + self._back_off_s
         if self._again_s and time.monotonic() >= self._again_s:
             self._again_s = 0.0
             try:
                 self._start_agent()
             except ConfigError as error:
-                _say(f"{self.settings.enclave}: {error}")
+                self._tell(str(error), "error")
                 self._again_s = time.monotonic() + BACK_OFF_S[1]
 
     def _stop_agent(self) -> None:
@@ -284,7 +287,7 @@ class Hostd:
                 try:
                     self._adopt(tid)
                 except WaveError as error:
-                    _say(f"{self.settings.enclave}: {error}")
+                    self._tell(str(error), "warning", tid=tid)
                     self._members.add(tid)  # said once
             for tid in self._members - now:
                 if start_time(tid) is not None:
@@ -305,13 +308,15 @@ class Hostd:
 
     def _do(self, request: Message, client: Client) -> None:
         match request["do"]:
-            case "status" if sum(each is client for _, each in self._waiting) >= ASKED_AT_ONCE:
+            case "status" if sum(each[1] is client for each in self._waiting) >= ASKED_AT_ONCE:
                 client.answer({"ok": False, "error": "too many questions at once: ask again once those before are answered"})
             case "status":
-                asked = (time.monotonic() + REPORT_MS / 1_000, client)
+                asked = (time.monotonic() + REPORT_MS / 1_000, client, bool(request.get("detail")))
                 self._waiting.append(asked)
                 self.agents.ask("report", {"report": {}}, lambda answer: self._tell_status(asked, answer))
-            case "set-policy" | "stop" if client.peer.uid not in (0, os.geteuid()):
+            case "watch" if client.peer.uid in (0, os.geteuid()):
+                client.answer(*self._watched())
+            case "set-policy" | "stop" | "watch" if client.peer.uid not in (0, os.geteuid()):
                 client.answer({"ok": False, "error": f"{request['do']} is for root; user {client.peer.uid} may ask for status"})
             case "stop":
                 client.answer({"ok": True})
@@ -319,7 +324,7 @@ class Hostd:
             case "set-policy":
                 self._set_policy(request, client)
             case other:
-                client.answer({"ok": False, "error": f"hostd does not know {other!r}; it knows status, set-policy and stop"})
+                client.answer({"ok": False, "error": f"hostd does not know {other!r}; it knows status, watch, set-policy and stop"})
 
     def _set_policy(self, request: Message, client: Client) -> None:
         wish = {"policy": request.get("policy"), "params": request.get("params") or {}}
@@ -342,11 +347,22 @@ class Hostd:
 
         self.agents.ask("ready", {"set-policy": wish}, answered)
 
-    def _tell_status(self, asked: tuple[float, Client], answer: Message | None) -> None:
+    def _tell_status(self, asked: tuple[float, Client, bool], answer: Message | None) -> None:
         if not any(each is asked for each in self._waiting):
             return  # it was told already
         self._waiting = [each for each in self._waiting if each is not asked]
-        asked[1].answer({"ok": True, **self.status(), "report": (answer or {}).get("report")})
+        detail = {"on_cpus": self.mechanism.on_cpus()} if asked[2] and hasattr(self.mechanism, "on_cpus") else {}
+        asked[1].answer({"ok": True, **self.status(), **detail, "report": (answer or {}).get("report")})
+
+    def _watched(self) -> tuple[Message, list[int]]:
+        """For one who looks on: the memory of both queues, and who is meant by the numbers in them."""
+        queues = getattr(self.mechanism, "queues", None)
+        if not queues:
+            return {"ok": False, "error": f"an enclave of {self.settings.subsystem} has no queues of messages to look at"}, []
+        pids = self.mechanism.pids() if hasattr(self.mechanism, "pids") else {}
+        told = {"subsystem": self.settings.subsystem, "mechanism": self.mechanism.name, "policy": self.policy, "params": self.params, "pids": pids}
+        told |= {"cpus": self.enclave.cpus, "generation": self._generation, "bytes": [queues[name][1] for name in ("messages", "txns")]}
+        return {"ok": True, **told}, [queues[name][0] for name in ("messages", "txns")]
 
     def status(self) -> Message:
         """What there is to know, but for the agent's own part."""
@@ -381,9 +397,6 @@ def serve(settings: Settings) -> int:
     """Run hostd with these settings until it ends; the exit status. Raises WaveError when it cannot begin."""
     daemon = Hostd(settings)
     cpus = f"CPUs {show_cpus(daemon.enclave.cpus)}, " if daemon.enclave.cpus else ""
-    _say(f"{settings.enclave}: {cpus}{daemon.enclave.describe()}, mechanism {daemon.mechanism.name}")
+    line = f"{cpus}{daemon.enclave.describe()}, mechanism {daemon.mechanism.name}"
+    log.say("hostd", line, enclave=settings.enclave, pid=os.getpid(), policy=settings.policy, subsystem=settings.subsystem)
     return daemon.run()
-
-
-def _say(line: str) -> None:
-    print(f"hostd: {line}", file=sys.stderr, flush=True)

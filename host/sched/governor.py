@@ -226,6 +226,14 @@ class Governor:
         own = {"governed": self._governed, "outside": self._outside}
         return {**self._half.counters(), **own, "running": int(np.count_nonzero(self._half.host["cpu"]["running"][0] != NOBODY))}
 
+    def on_cpus(self) -> list[dict[str, Any]]:
+        """What each CPU does now."""
+        return self._half.on_cpus()
+
+    def pids(self) -> dict[int, int]:
+        """The kernel's numbers of the members, by the enclave's."""
+        return {number: pid for pid, number in self._numbers.items()}
+
     def close(self) -> None:
         """Everything as it was."""
         self._journal.undo(*self._entries.values())

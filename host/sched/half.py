@@ -72,6 +72,7 @@ HOST = np.dtype(
         ("acts", "u8"),
         ("fallbacks", "u8"),
         ("age", "u8", (BUCKETS,)),
+        ("round_trip", "u8", (BUCKETS,)),
         ("enforced", "u8", (BUCKETS,)),
         ("enclave_cpu", "i2", (1_024,)),
         ("thread", THREAD, (THREADS,)),
@@ -150,14 +151,27 @@ class Half:
         self._replay.next = self._resync.run(self._replay)
 
     def counters(self) -> dict[str, Any]:
-        """Plain numbers, outcomes by name, and two histograms: `age_ns` and `enforced_ns`, as (lower edge in ns, count)."""
+        """Plain numbers, outcomes by name, what is queued where, and three histograms as (lower edge in ns, count): `age_ns` of all committed decisions,
+        and of those for a CPU that waited or was preempted `round_trip_ns` and `enforced_ns`."""
         host = self.host[0]
         found: dict[str, Any] = {name: int(host[name]) for name in COUNTERS}
         found["outcomes"] = {outcome.name.lower(): int(host["outcomes"][outcome]) for outcome in Outcome}
-        for name in ("age", "enforced"):
-            found[f"{name}_ns"] = [(edge_ns(bucket), int(count)) for bucket, count in enumerate(host[name]) if count]
+        for name, counts in (("age", host["age"] + host["round_trip"]), ("round_trip", host["round_trip"]), ("enforced", host["enforced"])):
+            found[f"{name}_ns"] = [(edge_ns(bucket), int(counts[bucket])) for bucket in np.flatnonzero(counts).tolist()]
         found["threads"] = int(np.count_nonzero(host["thread"]["pid"]))
+        found["queued"] = {"staged": int(host["cpu"]["staged"].sum()), "runnable": int(np.count_nonzero(host["thread"]["state"] == RUNNABLE))}
         return found
+
+    def on_cpus(self) -> list[dict[str, Any]]:
+        """What each CPU of the enclave does: number, state, the process that runs there by decision or (a stray) without, decisions staged."""
+        host = self.host[0]
+        rows = []
+        for each in host["cpu"][: int(host["cpus"])]:
+            tid = int(each["running"] if each["running"] >= 0 else each["stray"])
+            state = "taken" if each["taken"] else "run" if each["running"] >= 0 else "stray" if tid >= 0 else "idle"
+            pid = int(host["thread"]["pid"][tid]) if tid >= 0 else 0
+            rows.append({"cpu": int(each["kernel"]), "state": state, "tid": tid, "pid": pid, "staged": int(each["staged"])})
+        return rows
 
 
 def edge_ns(bucket: int) -> int:

@@ -101,8 +101,9 @@ struct host {
 	u64 deviations; /* times it ran another than the one decided */
 	u64 acts;       /* times hostd had to step in */
 	u64 fallbacks;
-	u64 age[BUCKETS];      /* age of the state behind committed decisions, at commit */
-	u64 enforced[BUCKETS]; /* from decided to committed, decisions for a CPU that was waiting or is preempted */
+	u64 age[BUCKETS];        /* age of the state behind committed decisions, at commit: those that waited for their CPU */
+	u64 round_trip[BUCKETS]; /* likewise, of those for a CPU that was waiting or is preempted: from the event to the act */
+	u64 enforced[BUCKETS];   /* from decided to committed, of the same */
 	s16 enclave_cpu[1024]; /* the enclave's number of the kernel's CPU; -1: not in the enclave */
 	struct thread thread[THREADS];
 	struct cpu cpu[CPUS];
@@ -319,9 +320,12 @@ static __noinline void answer(struct decision *d, u32 cpu, u64 what, u64 now)
 	bounded(kind, 16);
 	host.outcomes[kind]++;
 	if (what == OUTCOME_COMMITTED && d->type == DECISION_RUN) {
-		count(host.age, d->basis_ns, now);
-		if (d->flags & DECISION_KICKED)
+		if (d->flags & DECISION_KICKED) {
+			count(host.round_trip, d->basis_ns, now);
 			count(host.enforced, d->decided_ns, now);
+		} else {
+			count(host.age, d->basis_ns, now);
+		}
 	}
 	o = (struct wave_outcome *)claim();
 	if (!o)

@@ -292,7 +292,7 @@ def test_control_takes_json_lines_and_says_what_is_wrong_with_others(world):
         for request, says in (
             ("nonsense", "write one JSON object a line"),
             ('{"do": 3}', "write one JSON object a line"),
-            ('{"do": "dance"}', "it knows status, set-policy and stop"),
+            ('{"do": "dance"}', "it knows status, watch, set-policy and stop"),
             ('{"do": "set-policy"}', "wants"),
             ('{"do": "set-policy", "policy": "fifo", "params": {"a": "b"}}', "a table of numbers"),
             ('{"do": "set-policy", "policy": "fifo"}', "has no agent now"),
