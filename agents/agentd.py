@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from waveos import ring, tape
+from waveos import log, ring, tape
 from waveos.agents.loop import ENCLAVE, POLICY_FAILED, TAPE, join, serve
 from waveos.agents.plain import serve_plain
+from waveos.agents.teller import Teller
 from waveos.errors import ConfigError, LinkError, PolicyError, WaveError
 from waveos.histogram import BINS, filled_ns
 from waveos.link import MESSAGES, TXNS, open_link
@@ -66,6 +67,7 @@ class Orders:
     patience_s: float | None = None  # None: PATIENCE_S for a ring by name, for ever for hostd
     measure: bool = False
     record: Path | None = None
+    status: Path | None = None  # where it tells of itself
 
 
 class Task(threading.Thread):
@@ -276,6 +278,20 @@ class Served:
             told |= {"event_ns": filled_ns(self._event), "decide_ns": filled_ns(self._decide)}
         return told
 
+    @property
+    def whose(self) -> tuple[str, str]:
+        """The host ("": this one) and the enclave."""
+        handed = getattr(self._link, "handed", None)
+        return "", str(handed.facts.get("enclave") or self.url) if handed else self.url
+
+    def tell(self) -> dict[str, Any]:
+        """For whoever asks this process: whose it is and how it goes. A plain policy's report is its host's to have."""
+        host, enclave = self.whose
+        compiled = bool(self._row["serving"][0])
+        serving = compiled or (self._link is not None and self._runtime is None)
+        report = self.report() if compiled else None
+        return {"host": host, "enclave": enclave, "url": self.url, "policy": self._policy, "serving": serving, "report": report}
+
     def close(self) -> None:
         """Leave the host."""
         self._row["serving"] = 0
@@ -317,6 +333,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     rows = np.zeros(len(urls) + (GUESTS if addresses else 0), ENCLAVE)
     served: list[Served] = []
     reception: Any = None
+    teller = Teller(orders.status) if orders.status else None
     last: WaveError | None = None
     idle_ns = int(orders.idle_us * 1_000)
     try:
@@ -337,6 +354,8 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                 if not reception:
                     Task.some_done.wait(IDLE_S)
                 Task.some_done.clear()
+            if teller:
+                teller.step(served)
             for each in list(served):
                 try:
                     if status == POLICY_FAILED and (error := each.failed()):
@@ -344,7 +363,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                     each.step()
                 except WaveError as error:
                     if len(served) > 1:
-                        print(f"agentd: {each.url}: {error}; the others go on", file=sys.stderr)
+                        log.say("agentd", f"{each.url}: {error}; the others go on", "error", url=each.url)
                     last = error
                     each.close()
                     served.remove(each)
@@ -360,6 +379,8 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             each.close()
         if reception:
             reception.close()
+        if teller:
+            teller.close()
     if last is not None:
         raise last
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
+from waveos import log
 from waveos.agents.agentd import Orders, Served
 from waveos.errors import LinkError
 from waveos.link.exchange import Door, Exchange, Facts, ZmqAgent
@@ -42,6 +42,11 @@ class Guest(Served):
         """Host and enclave."""
         return f"{self._arrived.host}/{self._arrived.facts.get('enclave')}"
 
+    @property
+    def whose(self) -> tuple[str, str]:
+        """Of another machine."""
+        return str(self._arrived.host), str(self._arrived.facts.get("enclave"))
+
     def wait_ns(self, now_ns: int) -> int:
         """How long nothing is to be done for it, but what comes from its host."""
         if self._runtime is None or self._link is None:
@@ -60,7 +65,7 @@ class Reception:
         self.guests: list[Guest | None] = [None] * len(rows)
         self._new: list[Guest] = []
         self._barred: dict[tuple[str, str], tuple[float, str]] = {}
-        self._exchange = Exchange(say=lambda line: print(f"agentd: {line}", file=sys.stderr, flush=True))
+        self._exchange = Exchange(say=lambda line: log.say("agentd", line))
         try:
             for url, policy in urls:
                 self._exchange.listen(url, load_policy(policy).subsystem, self._accept_for(policy))

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import time
 from importlib import import_module
 from typing import Any
 
-from waveos import ring
+from waveos import log, ring
 from waveos.errors import LinkError
 from waveos.link import open_link
 from waveos.link.device import Device
@@ -164,4 +163,4 @@ def _end(_number: int, _frame: object) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"relay: {line}", file=sys.stderr, flush=True)
+    log.say("relay", line)

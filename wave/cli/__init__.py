@@ -94,7 +94,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 def _say(line: str, code: int) -> int:
     """One line on stderr whatever the message; returns the exit code."""
-    print("wave: " + " ".join(line.split()), file=sys.stderr)
+    line = " ".join(line.split())
+    log = sys.modules.get("waveos.log")  # of a daemon
+    if log is not None and log.as_json():
+        log.say("wave", line, "error" if code != INTERRUPTED else "info", exit_code=code)
+    else:
+        print(f"wave: {line}", file=sys.stderr)
     return code
 
 

@@ -35,10 +35,15 @@ def agentd(
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Write down all messages and decisions to this file.", show_default=False)] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time each message and decision (some 50 ns each).")] = False,
+    status: Annotated[
+        Path | None, typer.Option(metavar="SOCKET", help="Tell of itself whoever connects here (wave metrics --agent SOCKET).", show_default=False)
+    ] = None,
+    log: Annotated[str, typer.Option(help="How to speak on stderr: human, json, or auto: json under systemd.")] = "auto",
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process does, which started it.")] = None,
     replay: Annotated[bool, typer.Option("--replay", help="The stream is a recording that holds its own batch ends.")] = False,
 ) -> None:
     """Decide for the hosts at the other end of these links. It needs no privilege, and runs until it is stopped or its hosts are gone for good."""
+    import_module("waveos.log").choose(log)
     urls: list[tuple[str, str | None]] = []
     for word in links:
         if "://" in word:
@@ -62,6 +67,7 @@ def agentd(
         patience_s=patience,
         measure=measure,
         record=record,
+        status=status,
     )
     daemon.run_agent(urls, orders)
 

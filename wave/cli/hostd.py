@@ -39,9 +39,11 @@ def hostd(
     hostd_cpu: Annotated[int | None, typer.Option(help="The CPU hostd is bound to; by default the enclave's first.", show_default=False)] = None,
     group: Annotated[str | None, typer.Option(help="Members of this group may be its agent and ask for its status.", show_default=False)] = None,
     setting: Annotated[list[str] | None, typer.Option(metavar="KEY=NUMBER", help="A setting of the mechanism.", show_default=False)] = None,
+    log: Annotated[str, typer.Option(help="How to speak on stderr: human, json, or auto: json under systemd.")] = "auto",
 ) -> int:
     """Own an enclave on this machine: threads and CPUs that an agent schedules, or a cgroup whose memory it manages. Runs as root until stopped; then all
     is as it was."""
+    import_module("waveos.log").choose(log)
     flags: dict[str, Any] = {
         "enclave": enclave,
         "subsystem": subsystem,

@@ -22,8 +22,10 @@ def relay(
         typer.Argument(metavar="URL", help="The agent: zmq+tcp://[KEY@]HOST:PORT, where `wave agentd` listens, or bar://DEVICE, on which it runs."),
     ],
     subsystem: Annotated[str, typer.Option(help="What the enclave is for.")] = "sched",
+    log: Annotated[str, typer.Option(help="How to speak on stderr: human, json, or auto: json under systemd.")] = "auto",
 ) -> None:
     """Let an agent on another machine, or on a PCI device of this one, decide for an enclave here. It runs until it is stopped, and survives both ends."""
+    import_module("waveos.log").choose(log)
     if subsystem not in SUBSYSTEMS:
         raise ConfigError(f"no subsystem {subsystem!r}{nearest(subsystem, SUBSYSTEMS)}; there are: {', '.join(SUBSYSTEMS)}")
     near = enclave if "://" in enclave else f"shm://{import_module('waveos.host.restore').RUN / enclave / 'agent.sock'}"
