@@ -1,0 +1,65 @@
+"""Where it comes from: hostd's control socket in each enclave's folder, and the socket at which an agentd tells of itself (`wave agentd --status PATH`).
+
+Each is one JSON document. This is the one place that knows how to get it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from waveos.errors import ConfigError, LinkError, WaveError
+
+Status = dict[str, Any]
+"""As `wave status --json` prints it; of one that cannot be asked only `enclave` and `error`."""
+ANSWER_S = 5.0
+
+
+def enclaves() -> list[str]:
+    """The enclaves of this machine that have a control socket, whether or not somebody listens there."""
+    run: Path = import_module("waveos.host.restore").RUN
+    with contextlib.suppress(OSError):
+        return sorted(path.parent.name for path in run.glob("*/control.sock"))
+    return []
+
+
+def status(name: str, *, detail: bool = False) -> Status:
+    """What one enclave's hostd says; `on_cpus` with it where `detail` is wanted. Raises ConfigError if none runs, LinkError if it does not answer."""
+    told: Status = import_module("waveos.host.doors").ask(name, {"do": "status", **({"detail": True} if detail else {})}, ANSWER_S)
+    if not told.pop("ok", False):
+        raise ConfigError(str(told.get("error")))
+    return told
+
+
+def statuses(names: list[str] | None = None, *, detail: bool = False) -> list[Status]:
+    """Of these enclaves, or of all. One that cannot be asked is told as {"enclave", "error"}."""
+    found = []
+    for name in enclaves() if names is None else names:
+        try:
+            found.append(status(name, detail=detail))
+        except WaveError as error:
+            found.append({"enclave": name, "error": str(error)})
+    return found
+
+
+def agent_status(path: str | os.PathLike[str]) -> Status:
+    """What the agentd that listens there says of itself. Raises LinkError if it does not."""
+    deadline = time.monotonic() + ANSWER_S
+    heard = b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as line:
+        try:
+            line.settimeout(ANSWER_S)
+            line.connect(os.fspath(path))
+            while data := line.recv(1 << 20):
+                heard += data
+                line.settimeout(max(0.01, deadline - time.monotonic()))
+            told: Status = json.loads(heard)
+        except (OSError, ValueError) as error:
+            raise LinkError(f"no agentd tells of itself at {os.fspath(path)} ({getattr(error, 'strerror', None) or error or 'no answer'})") from None
+    return told
