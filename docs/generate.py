@@ -1,4 +1,4 @@
-"""Write docs/policy-api.md and docs/scenarios.md from docstrings, enums, record layouts and the scenario's model: `make docs`.
+"""Write docs/policy-api.md, docs/scenarios.md and parts of docs/observe.md from docstrings, enums, record layouts and tables: `make docs`.
 
 A test compares the committed pages with what this makes of the code, so neither can change without the other.
 """
@@ -25,6 +25,7 @@ from waveos.outcome import Outcome
 from waveos.policy import state
 from waveos.sched import laws
 from waveos.sched.records import HANDLERS, MESSAGE, Decision, Message
+from waveos.watch import statistics
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -57,7 +58,7 @@ KEYWORDS = {
 
 def pages() -> dict[Path, str]:
     """Every generated page, by its path."""
-    return {DOCS / "policy-api.md": policy_page(), DOCS / "scenarios.md": scenario_page()}
+    return {DOCS / "policy-api.md": policy_page(), DOCS / "scenarios.md": scenario_page(), DOCS / "observe.md": observe_page()}
 
 
 # ── the policy API ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -280,6 +281,31 @@ def _profiles() -> Iterator[str]:
     for path in ("links/mount-evans.toml", "hosts/server.toml"):
         text = (ROOT / "ipu_emulator" / "data" / path).read_text().rstrip()
         yield from [f"`ipu_emulator/data/{path}`:", "", "```toml", text, "```", ""]
+
+
+# ── what is to be seen ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def observe_page() -> str:
+    """The page as it is, with its made parts made anew: the statistics of the daemons, and the screen that the test of `wave top` compares with."""
+    screen = (ROOT / "tests" / "watch" / "top.txt").read_text().rstrip()
+    parts = {"top": ["```", screen, "```"], "metrics": list(_statistics())}
+    page = (DOCS / "observe.md").read_text()
+    for name, lines in parts.items():
+        made = f"<!-- made: {name} -->\n\n" + "\n".join(lines).strip() + "\n\n<!-- end -->"
+        page, found = re.subn(f"<!-- made: {name} -->.*?<!-- end -->", lambda _, made=made: made, page, count=1, flags=re.DOTALL)
+        assert found, f"docs/observe.md has no part {name!r}"
+    return page
+
+
+def _statistics() -> Iterator[str]:
+    for kind in statistics.Kind:
+        rows = [
+            (f"`{each.exposed}`", ", ".join(f"`{label}`" for label in statistics.labels_of(each)), each.meaning)
+            for each in statistics.everything()
+            if each.kind is kind
+        ]
+        yield from [f"**{kind.name.capitalize()}s**: {kind.meaning}.", "", *_table(("name", "labels", "meaning"), rows)]
 
 
 # ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────────

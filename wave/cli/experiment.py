@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from waveos.cli.live_trace import trace_live
 from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results, write_report
 from waveos.cli.running import find_local, measure, only_in, open_pool, prepare, run_local, run_subsystem, single_run, trace_subsystem, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
@@ -180,7 +181,10 @@ def sweep(
 
 @commands.command("trace")
 def trace(
-    scenario_name: ScenarioName,
+    scenario_name: Annotated[
+        str | None,
+        typer.Argument(help="A scenario's name, or the path of a TOML file; with --live an enclave's name.", metavar="SCENARIO", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The Perfetto trace to write; open it at https://ui.perfetto.dev.")] = Path("trace.json"),
     from_ms: Annotated[float | None, typer.Option(min=0, help="Where it begins, virtual ms; by default after warm-up.", show_default=False)] = None,
     for_ms: Annotated[float, typer.Option(min=0.001, max=1000, help="How long it is, virtual ms.")] = 5.0,
@@ -189,9 +193,18 @@ def trace(
     load: Annotated[str | None, typer.Option(help="Offered load in requests/s; by default the scenario's middle one.", show_default=False)] = None,
     seed: Seed = None,
     settings: Settings = None,
+    live: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Trace an enclave of this machine for so long, as 500ms or 5s (root).", show_default=False)
+    ] = None,
     as_json: Json = False,
-) -> None:
-    """Every event of some milliseconds of a run: CPUs, queues, link, agent, one track each."""
+) -> int | None:
+    """Every event of some milliseconds of a run, or of some seconds of a live enclave: CPUs, queues, link, agent, one track each."""
+    if live is not None:
+        if from_ms is not None or policies or load or seed is not None or settings:
+            raise ConfigError("--live traces an enclave as it is: of the other options only --out and --json go with it")
+        return trace_live(scenario_name, live, out, as_json)
+    if scenario_name is None:
+        raise ConfigError("name a scenario (wave config list), or trace an enclave of this machine: wave trace --live 5s")
     scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load)
     check_outputs(out)
     if scenario.subsystem != "sched":
@@ -204,6 +217,7 @@ def trace(
     else:
         print(out)
         talk(f"{events:,} events; open the file at https://ui.perfetto.dev")
+    return None
 
 
 @commands.command("report")

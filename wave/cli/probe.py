@@ -81,7 +81,7 @@ def headers(
 def _run(name: str, pids: str, cgroup: str, command: str, cpus: str, length: str, as_json: bool) -> int:
     """Measure until the time is over, the command ends or Ctrl-C; what was measured is printed in all three cases."""
     target_of = import_module("waveos.host.probes.target")
-    duration_s = _parse_length(length) if length else None if command else 5.0
+    duration_s = parse_length(length) if length else None if command else 5.0
     with ExitStack() as open_now:
         held = None
         watched = target_of.parse_numbers(pids, "--pids")
@@ -113,12 +113,12 @@ def _run(name: str, pids: str, cgroup: str, command: str, cpus: str, length: str
     return INTERRUPTED if interrupted else 0
 
 
-def _parse_length(text: str) -> float:
+def parse_length(text: str, option: str = "--for") -> float:
     """Seconds of `500ms`, `5s`, `2m` or `5`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|)", text.strip(), re.ASCII)
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
     if not 0 < seconds <= 86_400:
-        raise ConfigError(f"--for {text}: wants a time above zero and up to a day, for example 500ms, 5s or 2m")
+        raise ConfigError(f"{option} {text}: wants a time above zero and up to a day, for example 500ms, 5s or 2m")
     return seconds
 
 

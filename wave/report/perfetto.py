@@ -39,12 +39,12 @@ Event = dict[str, Any]
 def write_trace(events: NDArray[np.void], path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> int:
     """Write `events` (dtype `waveos.trace.TRACE_EVENT`, any order of time) to `path`; gzipped where it ends in .gz. Returns how many it drew.
 
-    `meta` may name things: `classes` and `queues` (lists, by number), `messages` and `decisions` (number -> name); whatever else it
+    `meta` may name things: `classes`, `queues` and `cpus` (lists, by number), `messages`, `decisions` and `threads` (number -> name); whatever else it
     holds (policy, world, seed, timing, link) is kept in the file as `otherData`. Raises ConfigError for events of another dtype
     and if the file cannot be written.
     """
     drawn = trace_events(events, meta)
-    named = {"classes", "queues", "messages", "decisions"}
+    named = {"classes", "queues", "cpus", "messages", "decisions", "threads"}
     other = {key: value for key, value in (meta or {}).items() if key not in named}
     write_drawn(drawn, path, other)
     return len(drawn)
@@ -75,11 +75,15 @@ class _Names:
     def __init__(self, meta: Mapping[str, Any]) -> None:
         self.classes = _by_number(meta.get("classes"))
         self.queues = {0: "messages to the agent"} | _by_number(meta.get("queues"))
+        self.cpus, self.threads = _by_number(meta.get("cpus")), _by_number(meta.get("threads"))
         self.messages = _by_number(meta.get("messages")) or _lower(_sched("Message"))
         self.decisions = _by_number(meta.get("decisions")) or _lower(_sched("Decision"))
 
     def request_class(self, number: int) -> str:
         return self.classes.get(number, f"class {number}")
+
+    def thread(self, number: int) -> str:
+        return self.threads.get(number, f"thread {number}")
 
     def queue(self, number: int) -> str:
         return self.queues.get(number, f"queue {number}")
@@ -171,6 +175,11 @@ class _Drawing:
             self._end_idle(self.now_ns, cpu)
         for core, begun in self._batches.items():
             self._slice(AGENT, self._agent(core), begun.time_ns, self.now_ns, "batch", "agent", {"cut": True})
+        for (number, tid, kind), waiting in self._messages.items():
+            for sent_ns, cpu in waiting:
+                self.tracks.setdefault((LINK, _UP), "host to agent")
+                args = {"tid": tid, "cpu": cpu, "message": number, "read": "not in the trace"}
+                self._instant(LINK, _UP, sent_ns, self.names.message(kind), args)
 
     # ── host CPUs ──
 
@@ -192,7 +201,8 @@ class _Drawing:
         self._seen_cpus.add(cpu)
         if cpu in self._idle:  # said a little early: a CPU that runs a thread is not idle
             self._idle[cpu] = time_ns
-        name = f"thread {run.tid}" if run.value < 0 else f"{self.names.request_class(run.value)} · thread {run.tid}"
+        thread = self.names.thread(run.tid)
+        name = thread if run.value < 0 else f"{self.names.request_class(run.value)} · {thread}"
         args: dict[str, Any] = {"tid": run.tid}
         if run.extra >= 0:
             args["request"] = run.extra
@@ -234,7 +244,7 @@ class _Drawing:
     # ── what is drawn with ──
 
     def _cpu(self, cpu: int) -> int:
-        self.tracks[HOST, cpu + 1] = f"CPU {cpu}"
+        self.tracks[HOST, cpu + 1] = f"CPU {self.names.cpus.get(cpu, cpu)}"
         return cpu + 1
 
     def _agent(self, core: int | None = None) -> int:
