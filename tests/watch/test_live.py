@@ -127,19 +127,25 @@ def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto(tmp_path, capsys):
     cpus = sorted(os.sched_getaffinity(0))
     name, out = f"seen-{os.getpid()}", tmp_path / "trace.json"
     arguments = ["--cpus", str(cpus[0]), "--mechanism", "priority", "--agent-core", str(cpus[1])]
-    with daemon(name, HOSTD, *arguments, "--", sys.executable, "-S", "-E", "-c", LOAD):
+
+    def traced() -> list[dict[str, Any]] | None:
+        """A trace in which a decision took effect: on a machine that starves the agent not each has one."""
         assert run(["trace", name, "--live", "1s", "--out", str(out), "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
+        assert told["ended"] is None and told["messages"] > 0
+        events: list[dict[str, Any]] = json.loads(out.read_text())["traceEvents"]
+        return events if any(event["name"].startswith("committed") for event in events) else None
+
+    with daemon(name, HOSTD, *arguments, "--", sys.executable, "-S", "-E", "-c", LOAD):
+        drawn = until(traced, "no decision took effect")
         status = doors.ask(name, {"do": "status", "detail": True})
-    assert told["messages"] > 50 and told["decisions"] > 10 and told["ended"] is None
-    drawn = json.loads(out.read_text())["traceEvents"]
     tracks = {event["args"]["name"] for event in drawn if event["name"] == "thread_name"}
     assert {f"CPU {cpus[0]}", "host to agent", "agent to host"} <= tracks
     ran = {event["name"] for event in drawn if event["ph"] == "X" and event.get("cat") == "run"}
     assert any(each.startswith("python") for each in ran), "threads are called what they call themselves"
-    committed = sum(event["name"].startswith("committed") for event in drawn)
-    assert committed > 10
+    assert any(event["ph"] == "f" for event in drawn), "an arrow leads from a decision to its run"
     counters = status["counters"]
-    assert sum(count for _, count in counters["age_ns"]) == counters["outcomes"]["committed"] > 0
-    assert sum(count for _, count in counters["round_trip_ns"]) == sum(count for _, count in counters["enforced_ns"])
+    runs = sum(count for _, count in counters["age_ns"])
+    assert 0 < runs <= counters["outcomes"]["committed"], "but for those that only take a thread off its CPU"
+    assert abs(sum(count for _, count in counters["round_trip_ns"]) - sum(count for _, count in counters["enforced_ns"])) <= 1  # it goes on meanwhile
     assert [each["cpu"] for each in status["on_cpus"]] == [cpus[0]]
