@@ -29,8 +29,6 @@ MODULES = (
     "net",
     "keys",
     "relay",
-    "metrics",
-    "top",
 )
 _EPILOGUE = (
     "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ". "
