@@ -16,7 +16,7 @@ from waveos.errors import ConfigError
 from waveos.link import open_link
 from waveos.watch import source
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 
 
 class Enclave:
