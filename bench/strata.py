@@ -29,6 +29,7 @@ OPTIONS = {
     "ttft_s": (0.0, "mean TTFT at which throughput is compared; 0: the paper's, or where Strata reaches 95 % of its best throughput"),
     "queries": (0, "requests of each run; 0: as many as in the paper"),
     "seed": (1, "seed of arrivals, order and lengths"),
+    "curves": (False, "print throughput and mean TTFT of every system at each offered rate instead, as figure 8 of the paper has them"),
     "fit": (False, "fit the constants anew and print them, instead of comparing"),
 }
 PEERS = {"ratio_vs_vllm_lmcache": "vllm-lmcache", "ratio_vs_trt_hicache": "trt-hicache", "ratio_vs_sglang_hicache": "sglang-hicache"}
@@ -46,7 +47,9 @@ PUBLISHED = {
 }
 BANDS = {"ratio": 0.25, "stall": 0.15, "bandwidth": 0.15, "peak": 0.25}
 """How far from the paper a figure may be, by the first word of its name."""
-SATURATING_PER_S = 40.0
+SATURATING_PER_S = 1e6
+CURVE_PER_S = (1, 2, 3, 4, 8, 16, 24)
+"""Rates of the curves. The paper does not state its own; with these its throughputs come out, of all systems that are not saturated."""
 _STEPS = 7
 """Halvings of the range of rates in which a TTFT is looked for."""
 
@@ -87,7 +90,7 @@ class Trial:
 
     def peak(self, system: str) -> Result:
         """As much as it can: the client always has as many requests open as it may."""
-        return self.run(system, 1e6 if load_shapes()[self.workload].contexts == 0 else SATURATING_PER_S)
+        return self.run(system, SATURATING_PER_S)
 
     def throughput_at(self, system: str, ttft_s: float) -> float:
         """Output tokens a second at the offered rate whose mean TTFT is `ttft_s`, found by halving."""
@@ -129,6 +132,17 @@ def compare(trial: Trial, ttft_s: float = 0.0) -> dict[str, float]:
     found = dict(zip(systems, in_parallel([(trial.throughput_at, (system, ttft_s)) for system in systems]), strict=True))
     ratios = {key: found["strata"] / found[system] if found[system] else float("inf") for key, system in PEERS.items()}
     return {**ratios, "ttft_s": ttft_s, "strata_tokens_per_s": found["strata"]}
+
+
+def draw(trial: Trial) -> dict[str, float]:
+    """Throughput and mean TTFT of each system at each rate."""
+    points = [(system, rate) for system in ("strata", *PEERS.values()) for rate in CURVE_PER_S]
+    results = in_parallel([(trial.run, point) for point in points])
+    told: dict[str, float] = {}
+    for (system, rate), result in zip(points, results, strict=True):
+        name = f"{trial.model}_{system}_at_{rate}_per_s".replace("-", "_")
+        told |= {f"{name}_tokens_per_s": result.throughput, f"{name}_ttft_s": float(result.ttft_s.mean())}
+    return told
 
 
 def knee_s(trial: Trial) -> float:
@@ -174,11 +188,15 @@ def run(
     ttft_s: float = 0.0,
     queries: int = 0,
     seed: int = 1,
+    curves: bool = False,
     fit: bool = False,
 ) -> dict[str, Any]:
-    """The comparison, or with `fit` the constants."""
+    """The comparison, or the curves behind it, or with `fit` the constants."""
     if workload not in load_shapes():
         raise ConfigError(f"no workload {workload!r}; there are: {', '.join(load_shapes())}")
+    for name, value, least in (("ranks", ranks, 1), ("ttft-s", ttft_s, 0.001), ("queries", queries, 10)):
+        if value < 0 or 0 < value < least:
+            raise ConfigError(f"--{name} {value}: at least {least}, or 0 for what the paper has")
     if fit:
         return {"name": "strata", "metrics": fit_constants(seed), "machine": describe_machine(), "timing": "modelled"}
     metrics: dict[str, float] = {}
@@ -186,6 +204,10 @@ def run(
     def of(name: str) -> Trial:
         return Trial(name, workload, gpu, ranks, queries, seed)
 
+    if curves:
+        for name in [model] if model else ["llama-3.1-70b", "llama-3.1-8b"]:
+            metrics |= {key: round(value, 3) for key, value in draw(of(name)).items()}
+        return {"name": "strata", "metrics": metrics, "machine": describe_machine(), "timing": "modelled"}
     if model:
         metrics |= compare(of(model), ttft_s) | parts(of(model)) | bandwidths(of(model))
     else:

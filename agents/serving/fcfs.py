@@ -27,7 +27,7 @@ class Waiting:
 class Plan:
     """A batch in the making, and until it is done."""
 
-    __slots__ = ("loaded", "loads", "need", "new", "parts", "room", "slots")
+    __slots__ = ("loaded", "loads", "need", "new", "open", "parts", "room", "slots")
 
     def __init__(self, tokens: int, requests: int) -> None:
         self.parts: list[tuple[Waiting, int, int]] = []
@@ -35,6 +35,7 @@ class Plan:
         self.loaded = 0  # their tokens
         self.new = 0  # tokens to compute
         self.need = 0  # tokens of device memory
+        self.open = -1  # the part whose prompt is not finished with this batch, if there is one: it took all room that was left
         self.room, self.slots = tokens, requests
 
 
@@ -315,6 +316,8 @@ class Fcfs(Policy, subsystem=serving, name="fcfs_lru", compiled=False):
             plan.need += need
             tokens = min(plan.room, request.prompt - match.hit)
             plan.parts.append((request, match.hit, tokens))
+        if plan.parts[-1][1] + tokens < request.prompt:
+            plan.open = len(plan.parts) - 1
         plan.new += tokens
         plan.room -= tokens
         plan.slots -= 1

@@ -16,6 +16,7 @@ class Strata(Tiered, subsystem=serving, name="strata", compiled=False):
     theta_delay: Param = 100  # tokens on transient nodes beyond which a request is deferred
     theta_load: Param = 100  # tokens loaded for each token computed beyond which a batch is loading-bound
     window: Param = 256  # requests from the head of the queue that are looked at
+    chunk_share: Param = 0.5  # of a batch's tokens that a prompt which is computed in chunks keeps when others join; 1: all
     defer: Param = 1  # 0 leaves a stage out
     balance: Param = 1
     fill: Param = 1
@@ -38,21 +39,56 @@ class Strata(Tiered, subsystem=serving, name="strata", compiled=False):
         late: list[tuple[Waiting, Match]] = []
         fits = True
         for request, match in ready:
-            if plan.room <= 0 or plan.slots <= 0:
+            if plan.slots <= 0:
                 fits = False
                 break
+            if not self._has_room(plan, request, match):
+                continue
             if self._ratio(plan, request, match) > self.theta_load:
                 late.append((request, match))
-            elif not self.admit(here, plan, request, match):
+            elif not self._join(here, plan, request, match):
                 fits = False
                 break
         if fits:
             for request, match in late:
-                if plan.room <= 0 or plan.slots <= 0 or not self.admit(here, plan, request, match):
+                if plan.slots <= 0 or not self._has_room(plan, request, match) or not self._join(here, plan, request, match):
                     break
         taken = {request.number for request, _, _ in plan.parts}
         self._absorb(here, plan, [each for each in ready if each[0].number not in taken])
         return plan
+
+    def _cut(self, plan: Plan, request: Waiting, match: Match) -> int:
+        """Tokens by which the batch lacks room for all that is left of the request's prompt."""
+        return max(0, request.prompt - (request.computed or match.hit) - plan.room)
+
+    def _has_room(self, plan: Plan, request: Waiting, match: Match) -> bool:
+        """A prompt in chunks does not fill the batch: it takes what is left once the others are in, so that it can hide their loads.
+
+        Who would only bring a second unfinished prompt waits: it adds nothing to compute.
+        """
+        cut = self._cut(plan, request, match)
+        if not cut or plan.room:
+            return plan.room > 0
+        (_, _, tokens), keeps = plan.parts[plan.open], self.chunk_share * self.batch_tokens
+        return plan.open >= 0 and tokens - cut >= keeps
+
+    def _join(self, here: Local, plan: Plan, request: Waiting, match: Match) -> bool:
+        """Admit a request that there is room for; False if memory does not allow."""
+        cut = 0 if plan.room else self._cut(plan, request, match)
+        if cut:
+            self._resize(plan, -cut)
+        if self.admit(here, plan, request, match):
+            return True
+        if cut:
+            self._resize(plan, cut)
+        return False
+
+    def _resize(self, plan: Plan, tokens: int) -> None:
+        """The batch's unfinished prompt gets so many tokens more."""
+        owner, begin, old = plan.parts[plan.open]
+        plan.parts[plan.open] = owner, begin, old + tokens
+        plan.new += tokens
+        plan.room -= tokens
 
     def flags(self, plan: Plan) -> int:
         """Running requests decode while a batch loads, until the moment from which on its computation hides the rest."""
@@ -78,6 +114,7 @@ class Strata(Tiered, subsystem=serving, name="strata", compiled=False):
                 self._announce(here, request, len(match.nodes), now)
         if deferred:
             here.queue = deferred + [request for request, _ in ready] + rest
+        ready.sort(key=lambda each: not each[0].computed)  # a prompt that is begun goes on: the memory for all of it is taken
         return ready
 
     def _announce(self, here: Local, request: Waiting, held: int, now: int) -> None:
@@ -107,6 +144,6 @@ class Strata(Tiered, subsystem=serving, name="strata", compiled=False):
         for request, match in others:
             shared: list[Node] = match.load
             bundle = bool(shared) and all(node.key in plan.loads for node in shared)
-            if not (bundle and plan.room > 0 and plan.slots > 0 and self.admit(here, plan, request, match)):
+            if not (bundle and plan.slots > 0 and self._has_room(plan, request, match) and self._join(here, plan, request, match)):
                 rest.append((request, match))
         return rest

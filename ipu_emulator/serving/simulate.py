@@ -138,6 +138,8 @@ class Simulation:
         self._begun = self._pumping = False
         self._arrived_ns: dict[int, int] = {}
         self._next = 0
+        self._behind_ns = 0  # how much later than in the workload the client's clock is
+        self._waking_ns = -1  # when it comes again
         self.open = self.refused = 0
         self.ttft: list[int] = []
         self.outputs = self.prompts = self.hits = 0
@@ -176,15 +178,24 @@ class Simulation:
     # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _arrivals(self) -> None:
-        """Send what is due and allowed; come again for the next."""
+        """Send what is due and allowed; come again for the next.
+
+        A client that has as many requests open as it may stops its clock: it sends the next when one ends, and goes on with the gaps between arrivals from
+        there. It does not make up for what it could not send (so does SGLang's `bench_long_context.py`, which the paper's workloads resemble).
+        """
         asks, limit = self.workload.asks, self.setup.in_flight
         while self._next < len(asks):
             ask = asks[self._next]
-            if ask.at_ns > self.clock.now_ns:
-                self.clock.at(ask.at_ns, self._arrivals)
+            due_ns = ask.at_ns + self._behind_ns
+            if due_ns > self.clock.now_ns:
+                if due_ns != self._waking_ns:
+                    self._waking_ns = due_ns
+                    self.clock.at(due_ns, self._arrivals)
                 return
             if limit and self.open >= limit:
                 return  # the next one that ends sends it
+            if limit:
+                self._behind_ns = self.clock.now_ns - ask.at_ns
             self._send(self._next, ask)
             self._next += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from waveos.bench import strata as bench
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.gpu import load_gpu, load_model
 from waveos.ipu_emulator.serving.cost import Costs, DataPlane, Sharding, load_constants
@@ -119,6 +120,58 @@ def test_a_burst_on_a_new_context_is_computed_once_with_deferral_and_more_often_
     assert computed["strata-io"] > 2 * 8_192
 
 
+def _behind_a_long_prompt(**params):
+    """Seconds to the first token of a question on a known context that arrives while another, longer prompt is computed, and of that prompt."""
+    system = load_system("strata")
+    system = system.model_copy(update={"params": {**system.params, **params}})
+    long = [2_048] * 20
+    asks = [
+        Ask(0, 4_196, 2, [1, 2, 10], [2_048, 2_048, 100]),
+        Ask(60 * S, 2_048 * 20, 2, [100 + at for at in range(20)], long),
+        Ask(60 * S + S // 100, 4_196, 2, [1, 2, 11], [2_048, 2_048, 100]),
+    ]
+    simulation, first = Simulation(Setup(system), Workload("made by hand", asks)), {}
+    simulation.node.on_first = lambda request, now_ns: first.setdefault(request.number, (now_ns - asks[request.number].at_ns) / S)
+    simulation.run()
+    return first[2], first[1]
+
+
+def test_a_question_on_a_known_context_joins_the_batches_of_a_long_prompt():
+    question, prompt = _behind_a_long_prompt()
+    assert question < 0.6 * prompt
+    question, alone = _behind_a_long_prompt(chunk_share=1.0)  # where the prompt keeps all of every batch it comes after it
+    assert question > 0.9 * alone
+    assert prompt < 1.05 * alone
+
+
+def test_the_prompt_that_others_join_keeps_its_share_of_every_batch():
+    asks = [Ask(0, 3 * 8_192, 1, list(range(1, 13)), [2_048] * 12)]
+    asks += [Ask(1 + number, 1_000, 1, [100 + number], [1_000]) for number in range(30)]
+    simulation = Simulation(Setup(load_system("strata")), Workload("made by hand", asks))
+    told = []
+    run = simulation.node.run
+    simulation.node.run = lambda batch: (told.append([(part.request.number, part.tokens) for part in batch.parts]), run(batch))
+    result = simulation.run()
+    assert result.requests == 31
+    chunks = [dict(parts) for parts in told if parts[0][0] == 0]
+    assert all(parts[0] >= 4_096 for parts in chunks[:-1]) and len(chunks) > 3
+
+
+def test_a_client_that_may_open_no_more_requests_stops_its_clock():
+    """Two at a time: what could not be sent is not made up for, the gaps between arrivals stay."""
+    asks = [Ask(number * S, 100, 4_000, [number + 1], [100]) for number in range(4)]
+    asks += [Ask(5 * S, 100, 2, [9], [100])]
+    sent = {}
+    simulation = Simulation(Setup(load_system("strata"), in_flight=2), Workload("made by hand", asks))
+    arrive = simulation.mechanism.arrive
+    simulation.mechanism.arrive = lambda number, *rest: (sent.setdefault(number, simulation.clock.now_ns), arrive(number, *rest))
+    simulation.run()
+    assert sent[0] == 0 and sent[1] == S and sent[2] > 10 * S  # the third waits until the first has its 4,000 tokens
+    assert sent[4] - sent[3] >= 2 * S
+    free = simulate(Setup(load_system("strata")), Workload("made by hand", asks))
+    assert free.requests == 5
+
+
 def test_a_request_too_long_for_the_pool_is_refused_and_the_others_are_served():
     asks = [Ask(0, 500, 5, [1], [500]), Ask(1, 3_000_000, 5, [2], [3_000_000]), Ask(2, 600, 5, [3], [600])]
     result = alone(asks)
@@ -128,6 +181,12 @@ def test_a_request_too_long_for_the_pool_is_refused_and_the_others_are_served():
 def test_a_model_that_does_not_fit_is_one_clear_line():
     with pytest.raises(ConfigError, match=r"llama-3.1-405b on 1 x h200 does not fit: weights take 754 GiB of each GPU's 131; use more ranks"):
         simulate(Setup(load_system("strata"), model="llama-3.1-405b"), Workload("none", []))
+
+
+@pytest.mark.parametrize(("option", "value"), [("queries", -5), ("queries", 3), ("ranks", -1), ("ttft_s", -1.0)])
+def test_the_benchmark_refuses_what_cannot_be_in_one_line(option, value):
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} {value}: at least"):
+        bench.run(model="llama-3.1-8b", **{option: value})
 
 
 def test_hardware_without_wires_is_one_clear_line():
