@@ -28,7 +28,10 @@ SPREAD = ("saved_share", "throughput_ratio")
 QUICK_GIB, QUICK_BATCHES, QUICK_ROUNDS = memory_model.SMALL_GIB, 262_144, 3
 
 OPTIONS = {
-    "quick": (False, "a small copy in some 3 minutes: less of the model, and live a quarter of the memory with all times a quarter"),
+    "quick": (
+        False,
+        "a small copy in some 3 minutes: less of the model, and live a quarter of the memory with all times a quarter, side by side only",
+    ),
     "parts": (",".join(PARTS), "which parts, with commas between"),
     "gib": (256.0, "size of the modelled process"),
     "duration_s": (192.0, "virtual seconds that count"),
@@ -38,7 +41,7 @@ OPTIONS = {
     "live_gib": (2.0, "size of the real database's cache"),
     "live_batch_kib": (2_048, "what is looked at and reclaimed as a whole, live; each is a mapping"),
     "live_policies": (",".join(LIVE_RUNS), "what is run live, with commas between; also: nothing"),
-    "live_sets": (",".join(SETS), "the hot set: side by side in key order, or scrambled"),
+    "live_sets": ("", "the hot set: contiguous, scrambled, or both with a comma between  [default: both; of a small copy the first]"),
     "live_repeats": (1, "runs of each; figures are their medians"),
     "live_out": ("", "write all that was seen live to this file; wave report FILE makes a page of it"),
 }
@@ -55,13 +58,16 @@ def run(
     live_gib: float = 2.0,
     live_batch_kib: int = 2_048,
     live_policies: str = ",".join(LIVE_RUNS),
-    live_sets: str = ",".join(SETS),
+    live_sets: str = "",
     live_repeats: int = 1,
     live_out: str = "",
 ) -> dict[str, Any]:
     """The bench's object. After Ctrl-C that of what had been measured, marked `interrupted`."""
     wanted = _chosen("parts", parts, PARTS)
-    policies, sets = _chosen("live-policies", live_policies, (*LIVE_RUNS, NOTHING)), _chosen("live-sets", live_sets, SETS)
+    policies, sets = (
+        _chosen("live-policies", live_policies, (*LIVE_RUNS, NOTHING)),
+        _chosen("live-sets", live_sets or (SETS[0] if quick else ",".join(SETS)), SETS),
+    )
     if live_repeats < 1:
         raise ConfigError(f"--live-repeats {live_repeats}: wants 1 or more")
     if live_batch_kib < 64 or live_batch_kib % 4:
