@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup bpf demo test chaos test-vm lint docs clean
+.PHONY: help setup bpf demo test chaos test-vm lint docs clean install-units install-units-host install-units-dpu uninstall-units
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
@@ -53,6 +53,12 @@ lint: setup ## ruff, mypy --strict, import-linter
 
 docs: setup ## docs/policy-api.md from the docstrings
 	@$(BIN)/python -P docs/generate.py
+
+install-units install-units-host install-units-dpu: ## systemd's part of Wave, or the half of host or DPU; PREFIX, DESTDIR, WAVE=/path/to/wave (see docs/deploy.md)
+	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) WAVE=$(WAVE) systemd/install $(or $(patsubst install-units-%,%,$(filter install-units-%,$@)),all)
+
+uninstall-units: ## take it away again
+	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) systemd/install remove
 
 clean: ## everything that was made, .venv too
 	@rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from waveos import log, ring, tape
+from waveos import log, notify, ring, tape
 from waveos.agents.loop import ENCLAVE, POLICY_FAILED, TAPE, join, serve
 from waveos.agents.plain import serve_plain
 from waveos.agents.teller import Teller
@@ -44,6 +45,8 @@ STAYING = ("shm:///", "bar://")
 """Links that outlive their host: the agent waits for the next one."""
 GUESTS = 64
 """Enclaves of other machines that one agentd serves at most."""
+STUCK_S = 1.0
+"""A plain policy that is away for longer is not said to be alive; systemd's own patience comes on top."""
 IDLE_S = 0.05
 """At most between two looks while no enclave is served."""
 TAPE_RECORDS = 16 * TAPE
@@ -116,6 +119,7 @@ class Served:
         self._event, self._decide = (np.zeros(BINS if orders.measure else 0, np.int64) for _ in range(2))
         self._task: Task | None = None
         self._then: Callable[[Any], None] = self._found
+        self._attended_s = math.inf
         self.over = False
         self._search()
 
@@ -168,10 +172,16 @@ class Served:
             self._join()
 
     def _plain_over(self, _result: Any) -> None:
+        self._attended_s = math.inf
         self._lost()
+
+    def goes_round(self) -> bool:
+        """False while a plain policy, which decides in a thread of its own, has not come back from a batch for a while. Others are part of the loop."""
+        return time.monotonic() - self._attended_s < STUCK_S
 
     def _attend_plain(self, told: Callable[[], dict[str, Any]]) -> tuple[Any, dict[str, float]] | None:
         """Beside the loop, between two batches of a plain policy: what hostd asks for. The policy that is to decide from now on, if it is another."""
+        self._attended_s = time.monotonic()
         change = None
         for request in self._link.handed.requests():
             if "report" in request:
@@ -341,7 +351,10 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
         if addresses:
             reception = import_module("waveos.agents.remote").Reception(addresses, orders, rows[len(urls) :], len(urls))
         look_ns = 0
+        notify.ready()
         while served or reception:
+            if all(each.goes_round() for each in served):
+                notify.alive()
             if reception:
                 served += reception.step(alone=not rows["serving"][: len(urls)].any())
             if rows["serving"].any():
@@ -375,6 +388,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                     if reception:
                         reception.forget(each)
     finally:
+        notify.stopping()
         for each in served:
             each.close()
         if reception:
@@ -410,7 +424,8 @@ def begin_life(core: int | None, nice: int, parent: int | None = None) -> None:
             os.sched_setaffinity(0, {core})
         except OSError:
             raise ConfigError(f"--core {core}: this process may use the cores {sorted(os.sched_getaffinity(0))}") from None
-    os.nice(nice)
+    if nice:  # a service may be forbidden to ask for what it has
+        os.nice(nice)
 
 
 def _leave(_number: int, _frame: object) -> None:

@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from waveos import log
+from waveos import log, notify
+from waveos.admin import USER as ADMIN_USER
 from waveos.errors import ConfigError, WaveError
 from waveos.handover import Message
 from waveos.host import changes, privilege
@@ -49,6 +50,7 @@ class Hostd:
     def __init__(self, settings: Settings) -> None:
         """Raises WaveError, with the machine as it was, when the enclave cannot be had."""
         privilege.need_root()
+        notify.look()
         self.settings = settings
         self._room: Any = import_module(f"waveos.host.{settings.subsystem}.hosted")
         self.policy, self.params = settings.policy, settings.params
@@ -82,6 +84,7 @@ class Hostd:
             raise ConfigError(f"--agent-core {told.agent.core} is a CPU of the enclave: the agent polls, so give it another")
         uids = {0, os.geteuid(), *([self._agent_user.uid] if self._agent_user else [])}
         gid = privilege.group(own.group) if own.group else None
+        self._orderers = {0, os.geteuid(), *privilege.uids(ADMIN_USER)}
         self.journal = Journal(told.enclave)
         self._stack.callback(self._restore)
         for line in self.journal.recovered:
@@ -98,7 +101,7 @@ class Hostd:
         may = Allowed(frozenset(uids), gid)
         self.agents = AgentDoor(self.poll, folder / "agent.sock", may, self._facts, self._attach, self._agent_gone)
         self._stack.callback(self.agents.close)
-        self.control = ControlDoor(self.poll, folder / "control.sock", may, self._do)
+        self.control = ControlDoor(self.poll, folder / "control.sock", Allowed(frozenset(self._orderers), gid), self._do)
         self._stack.callback(self.control.close)
         for fd in (self.mechanism.doorbell, *self.mechanism.events):
             self.poll.add(fd, self.mechanism.attend)
@@ -148,10 +151,13 @@ class Hostd:
 
     def run(self) -> int:
         """Serve until stopped, or until nobody is left."""
+        notify.ready()
         try:
             while not self._over:
                 self.poll.once()
+                notify.alive()
         finally:
+            notify.stopping()
             self.close()
         if isinstance(self.enclave, Command):
             status = self.enclave.process.poll()
@@ -316,8 +322,10 @@ class Hostd:
                 self.agents.ask("report", {"report": {}}, lambda answer: self._tell_status(asked, answer))
             case "watch" if client.peer.uid in (0, os.geteuid()):
                 client.answer(*self._watched())
-            case "set-policy" | "stop" | "watch" if client.peer.uid not in (0, os.geteuid()):
-                client.answer({"ok": False, "error": f"{request['do']} is for root; user {client.peer.uid} may ask for status"})
+            case "watch":
+                client.answer({"ok": False, "error": f"watch is for root; user {client.peer.uid} may ask for status"})
+            case "set-policy" | "stop" if client.peer.uid not in self._orderers:
+                client.answer({"ok": False, "error": f"{request['do']} is for root and {ADMIN_USER}; user {client.peer.uid} may ask for status"})
             case "stop":
                 client.answer({"ok": True})
                 self._over = True

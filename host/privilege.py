@@ -68,6 +68,13 @@ def account(name: str) -> Account:
     return Account(name, found.pw_uid, found.pw_gid)
 
 
+def uids(name: str) -> set[int]:
+    """The number of the user of that name, if there is one."""
+    with contextlib.suppress(ConfigError):
+        return {account(name).uid}
+    return set()
+
+
 def group(name: str) -> int:
     """The number of the group of that name. Raises ConfigError."""
     try:

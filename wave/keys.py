@@ -200,11 +200,19 @@ def _write(path: Path, key: Key) -> None:
         with os.fdopen(descriptor, "w") as file:
             file.write("\n".join(lines) + "\n")
             file.flush()
+            _give(file.fileno(), path.parent)
             os.fsync(file.fileno())
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def _give(descriptor: int, folder: Path) -> None:
+    """To the folder's owner: where root writes the keys of a service that runs as another user, that one is to read them."""
+    owner = folder.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _end(days: float | None) -> float | None:

@@ -321,6 +321,20 @@ def test_status_and_enclaves_are_tables_and_json(world, capsys):
     assert f"no hostd runs for an enclave 'nobody'; those that do: {world.name}" in capsys.readouterr().err
 
 
+def test_drained_an_enclave_is_as_it_was_and_its_hostd_has_ended(world, capsys):
+    before = world.nices()
+    hostd = world.hostd("--no-agent")
+    world.agentd("fifo")
+    world.goes_on()
+    assert run(["set-policy", world.name, "shinjuku", "--param", "quantum_us=500"]) == 0
+    assert f"{world.name}: shinjuku, no longer fifo" in capsys.readouterr().out
+    assert run(["drain", world.name]) == 0
+    assert "everything is as it was" in capsys.readouterr().out
+    said(hostd)
+    assert hostd.returncode == 0, "systemd does not start it again"
+    assert world.nices() == before and list(world.folder.iterdir()) == []
+
+
 def test_a_command_runs_in_the_enclave_from_its_first_instruction_and_its_status_is_hostds(world):
     code = "import os, sys; sys.exit(os.nice(0))"
     hostd = world.hostd("--no-agent", "--", sys.executable, "-c", code, pids=[])

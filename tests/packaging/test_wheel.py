@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {"wave": "waveos", **{room: f"waveos/{room}" for room in ("agents", "host", "ipu_emulator", "bench", "scenarios")}}
-SUFFIXES = (".py", ".c", ".o", ".toml", ".html", ".j2", ".typed")
+SUFFIXES = (".py", ".proto", ".c", ".o", ".toml", ".html", ".j2", ".typed")
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +30,13 @@ def do(*command, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the checkout, so that nothing of an earlier build gets in."""
+    """Built from a copy of the checkout, so that nothing of an earlier build gets in, and what is generated is generated."""
     checkout = tmp_path_factory.mktemp("checkout") / "wave"
     checkout.mkdir()
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     for room in ROOMS:
-        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__", "*_pb2*"))
     out = tmp_path_factory.mktemp("dist")
     do(sys.executable, "-P", "-m", "build", "--wheel", "--outdir", out, checkout, cwd=out)
     (built,) = out.glob("waveos-*.whl")

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels import Kernel
+from services import prepare
 
 from waveos.errors import MissingError
 
@@ -95,10 +96,12 @@ def run(
     cpus: int = 2,
     memory: str = "2G",
     qemu: Sequence[str] = (),
+    systemd: bool = False,
 ) -> Ended:
     """Boot the kernel, run the command in this process's working directory, and wait for the end.
 
     `share`: a folder that both sides see under the same path and may write (a new one is made and deleted if None). `qemu`: further options of QEMU's.
+    `systemd`: that is the first process in there, and the command a service of it (see `services`).
     Raises MissingError if a tool is not installed.
     """
     _check_tools()
@@ -107,7 +110,7 @@ def run(
             share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wave-guest-")))
         for name in _FILES:
             (share / name).unlink(missing_ok=True)
-        return _boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu)
+        return _boot(kernel, command, timeout_s, dict(environment or {}), share, cpus, memory, qemu, systemd)
 
 
 def _check_tools() -> None:
@@ -129,7 +132,15 @@ def _vng() -> Path:
 
 
 def _boot(
-    kernel: Kernel, command: Sequence[str], timeout_s: float, environment: dict[str, str], share: Path, cpus: int, memory: str, qemu: Sequence[str]
+    kernel: Kernel,
+    command: Sequence[str],
+    timeout_s: float,
+    environment: dict[str, str],
+    share: Path,
+    cpus: int,
+    memory: str,
+    qemu: Sequence[str],
+    systemd: bool,
 ) -> Ended:
     (share / "start.sh").write_text(_START.format(share=share))
     exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in _inherited(environment).items())
@@ -137,6 +148,10 @@ def _boot(
     options = f"-nodefaults {_EMULATION} {_PROCESSOR} -virtfs local,path=/,mount_tag=wave,security_model=none,readonly=on,multidevs=remap"
     call = [str(_vng()), "--verbose", "--disable-kvm", "--force-9p", "--run", str(kernel.image), "--cpus", str(cpus), "--memory", memory]
     call += ["--name", f"wave-guest-{os.getpid()}", f"--rwdir={share}", *(f"--append={option}" for option in _KERNEL)]
+    if systemd:
+        program, more = prepare(share, kernel.image)
+        call += ["--qemu", str(program)]
+        qemu = [more, *qemu]
     call += [f"--qemu-opts={' '.join([options, *qemu])}", "--", f"bash {share}/start.sh"]
     begun, console, start = 0.0, [], time.monotonic()
     with _started(call, share) as terminal:

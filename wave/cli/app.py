@@ -20,6 +20,7 @@ MODULES = (
     "calibrate",
     "doctor",
     "hostd",
+    "admin",
     "agentd",
     "restore",
     "limits",
