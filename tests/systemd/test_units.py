@@ -131,7 +131,7 @@ def test_a_real_systemd_runs_them_and_whoever_is_killed_the_enclave_goes_on(seri
     assert "error" not in found, f"{found['error']}\n{found['log']}"
     assert found["started"] == [["active", "running"]] * 2
     assert found["users"]["wave-hostd@web.service"] == 0 and 0 not in list(found["users"].values())[1:]
-    assert found["agent"] and found["sockets"] == {"read": "0o660", "control": "0o600"} and found["sched_ext"] == "enabled"
+    assert found["agent"] and found["asked"] and found["sockets"] == {"read": "0o660", "control": "0o600"} and found["sched_ext"] == "enabled"
     assert found["agent killed"] == {"restarted": True, "restarts": 1, "hostd is the same": True, "members": True, "lost": 1}
     assert found["agent stopped"] == {"members": True}
     assert found["hostd killed"] == {"restarts": 1, "members": True}
