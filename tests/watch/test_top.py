@@ -133,6 +133,18 @@ def test_it_pauses_and_ends_by_key():
     assert returned is None
 
 
+def test_ctrl_c_ends_it():
+    ended = []
+
+    async def interrupt(app: Top, pilot: Any) -> None:
+        await pilot.press("ctrl+c")
+        await pilot.pause()
+        ended.append(app._exit)
+
+    screen(TWO, interrupt)
+    assert ended == [True]
+
+
 def test_when_the_last_hostd_dies_it_ends_and_says_so():
     _, returned = screen([Look(100.0, [sched("old")]), Look(101.0, [gone()])])
     assert returned == gone()["error"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from rich.text import Text
 from textual import events, work
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.widgets import DataTable, Footer, Static
 
@@ -36,6 +36,7 @@ class Top(App[str]):
     .small #enclaves, .small #below, .small #head { display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c", "quit", show=False, priority=True),
         ("q", "quit", "quit"),
         ("space", "pause", "pause"),
         ("plus", "slower", "slower"),
