@@ -249,6 +249,44 @@ def test_an_agentd_that_is_not_there_is_an_error_in_a_line(tmp_path):
         source.agent_status(tmp_path / "nobody.sock")
 
 
+def test_another_machine_and_users_of_the_group_are_told_by_the_administration(monkeypatch):
+    from waveos import admin
+
+    class Fake:
+        def __init__(self, *, start: bool) -> None:
+            assert not start, "one who looks starts nothing"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def enclaves(self) -> list[dict[str, Any]]:
+            return [sched(), memory()]
+
+    monkeypatch.setattr(admin, "Admin", Fake)
+    monkeypatch.setenv("WAVE_ADMIN", "far:7443")
+    assert [each["enclave"] for each in source.statuses()] == ["web", "cache"]
+    web, nosuch = source.statuses(["web", "nosuch"], detail=True)
+    assert web == sched() and nosuch["error"] == "no hostd runs for an enclave 'nosuch'; those that do: web, cache"
+
+
+def test_an_administration_that_cannot_be_asked_is_said_and_tells_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("WAVE_ADMIN", "far:7443")
+    from waveos import admin
+
+    monkeypatch.setattr(admin, "Admin", Refused)
+    assert told(*source.statuses()) == {}
+    assert run(["top", "--once"]) == 2
+    assert "name the folder in WAVE_ADMIN_TLS" in capsys.readouterr().err
+
+
+class Refused:
+    def __init__(self, *, start: bool) -> None:
+        raise ConfigError("name the folder in WAVE_ADMIN_TLS")
+
+
 def test_enclaves_are_those_with_a_control_socket(tmp_path, monkeypatch):
     from waveos.host import restore
 

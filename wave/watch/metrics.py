@@ -72,6 +72,8 @@ class Daemons(Collector):
         seen: set[tuple[str, str]] = set()
         for told in hosts:
             name = str(told["enclave"])
+            if not name:
+                continue
             _add(families["wave_hostd_up"], statistics.UP, [name], "error" not in told)
             if "error" in told:
                 continue
