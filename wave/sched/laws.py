@@ -31,7 +31,7 @@ from waveos.jit import as_pointer, call_dispatch, jit, jit_inline, store_word
 from waveos.outcome import Outcome
 from waveos.policy.bind import Bound
 from waveos.record import VERSION
-from waveos.sched.orders import ORDER_PREEMPT, ORDER_RUN, ORDER_RUN_NOW, ORDER_TIMER, ORDERS
+from waveos.sched.orders import ORDER_IDLE, ORDER_PREEMPT, ORDER_RUN, ORDER_RUN_NOW, ORDER_TIMER, ORDERS
 from waveos.sched.records import DECISION, KICKED, MAX_CPUS, MAX_THREADS, MESSAGE, PREEMPT, SUBSYSTEM, Decision, Message
 
 DEPTH = 4
@@ -289,9 +289,9 @@ def _apply(rt: Any) -> None:
             else:
                 rt.waiting -= 1
                 _stage(rt, tid, cpu, op == ORDER_RUN_NOW)
-        elif op == ORDER_PREEMPT:
+        elif op == ORDER_PREEMPT or op == ORDER_IDLE:
             if c.running >= 0 and not c.ordered:
-                if c.live:
+                if c.live or op == ORDER_IDLE:
                     c.ordered = c.kicked = 1
                     _emit(rt, YIELD_CPU, -1, cpu, PREEMPT | KICKED)
                 else:

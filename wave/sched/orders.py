@@ -21,7 +21,7 @@ ORDERS = np.dtype(
     ],
     align=True,
 )
-ORDER_RUN, ORDER_RUN_NOW, ORDER_PREEMPT, ORDER_TIMER = 1, 2, 3, 4
+ORDER_RUN, ORDER_RUN_NOW, ORDER_PREEMPT, ORDER_TIMER, ORDER_IDLE = 1, 2, 3, 4, 5
 
 
 @jitable
@@ -43,9 +43,12 @@ def run(txns: Any, tid: int, cpu: int, preempt: bool = False) -> None:
 
 
 @jitable
-def preempt(txns: Any, cpu: int) -> None:
-    """Take the running thread off `cpu` in favour of the next: what is staged there, or what the policy answers to a cpu_idle asked at once."""
-    _order(txns, ORDER_PREEMPT, -1, cpu, 0)
+def preempt(txns: Any, cpu: int, idle: bool = False) -> None:
+    """Take the running thread off `cpu` in favour of the next: what is staged there, or what the policy answers to a cpu_idle asked at once.
+
+    With `idle` also where there is no next: the CPU then waits, as core scheduling wants it while the sibling still runs another tenant.
+    """
+    _order(txns, ORDER_IDLE if idle else ORDER_PREEMPT, -1, cpu, 0)
 
 
 @jitable
