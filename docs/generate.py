@@ -25,6 +25,7 @@ from waveos.outcome import Outcome
 from waveos.policy import state
 from waveos.sched import laws
 from waveos.sched.records import HANDLERS, MESSAGE, Decision, Message
+from waveos.vm import scenario as vm_scenario
 from waveos.watch import statistics
 
 DOCS = Path(__file__).resolve().parent
@@ -197,6 +198,11 @@ SUBSYSTEMS: dict[str, list[tuple[str, type[BaseModel]]]] = {
         ("top of the file", net_scenario.NetScenario),
         ("`[service]`", net_scenario.Service),
         ("`[run]`", net_scenario.NetRun),
+    ],
+    "vm": [
+        ("top of the file", vm_scenario.VmScenario),
+        ("`[vm]`", vm_scenario.Machines),
+        ("`[run]`", vm_scenario.MachineRun),
     ],
 }
 """What scenarios of other subsystems have of their own, or in another form."""

@@ -217,7 +217,7 @@ class Scenario(File):
         return self
 
 
-SUBSYSTEMS = ("sched", "memory", "net", "serving")
+SUBSYSTEMS = ("sched", "memory", "net", "serving", "vm")
 """Those with a model in virtual time. A scenario of another than "sched" has the keys of `SCHEMA` in `waveos.<subsystem>.scenario`."""
 
 

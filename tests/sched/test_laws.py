@@ -417,6 +417,22 @@ def test_preempt_in_favour_of_nobody_leaves_the_thread_where_it_is(make):
     assert len(host.wake(1).batch()) == 0
 
 
+IDLES = "def tick(self, msg, txns):\n    sched.preempt(txns, msg.cpu, idle=True)\n"
+
+
+def test_preempt_that_may_leave_the_cpu_idle_takes_the_thread_off_though_none_waits(make):
+    host = Host(make(IDLES), cpus=1)
+    assert len(host.say("tick", cpu=0).batch()) == 0  # nothing runs there
+    host.run(9, 0)
+    [order] = host.say("tick", cpu=0).batch()
+    assert (order["type"], order["tid"], order["flags"], order["cpu_seq"]) == (Decision.YIELD_CPU, -1, PREEMPT | KICKED, host.cpu_seq[0])
+    assert len(host.say("tick", cpu=0).batch()) == 0  # one at a time
+    host.answer(order)
+    host.seq[9] += 1
+    host.cpu_seq[0] += 1
+    assert placed(host.say("thread_preempted", 9, 0).say("cpu_idle", cpu=0).batch()) == [(9, 0)]
+
+
 def test_a_preemption_that_came_too_late_may_be_ordered_again(make):
     host = Host(make(PREEMPTS), cpus=1)
     host.run(9, 0).wake(1)
