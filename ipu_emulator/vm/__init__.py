@@ -89,7 +89,7 @@ def simulate(setup: Setup) -> Run:
 
 
 def _check(setup: Setup) -> None:
-    if not 1 <= setup.machines <= MOST_TENANTS or not 1 <= setup.vcpus:
+    if not 1 <= setup.machines <= MOST_TENANTS or setup.vcpus < 1:
         raise ConfigError(f"{setup.machines} machines of {setup.vcpus} vCPUs; there may be 1 to {MOST_TENANTS}, each of 1 or more")
     if not 1 <= setup.cores < setup.part.published.cores:
         raise ConfigError(f"{setup.cores} cores for machines: {setup.part.name} has {setup.part.published.cores}, and one is the host's own")
@@ -242,9 +242,7 @@ class _World:
     def _sleep(self, thread: _Thread, now: int) -> None:
         """The vCPU has halted: when its guest wakes it next, and what it then does."""
         guests = self.setup.guests
-        scale_ns, work_ns = (
-            (guests.pause_us * US, guests.burst_ms * MS) if thread.busy else (guests.idle_wake_ms * MS, guests.idle_work_us * US)
-        )
+        scale_ns, work_ns = (guests.pause_us * US, guests.burst_ms * MS) if thread.busy else (guests.idle_wake_ms * MS, guests.idle_work_us * US)
         pause, work = thread.random.exponential(scale_ns), thread.random.exponential(work_ns)
         thread.left = max(1.0, work)
         self._at(now + max(1, round(pause)), self._wake, thread)
@@ -261,11 +259,9 @@ class _World:
     def _send(self, kind: int, tid: int, cpu: int, at: int, outcome: int = 0, txn: int = 0, age: int = 0) -> int:
         """Write one message; returns when the core is done with it."""
         thread = self.threads[tid] if tid >= 0 else None
-        record = (
-            (0, VERSION, SUBSYSTEM, kind, thread.seq if thread else 0, at, tid, cpu)
-            + (thread.tenant if thread else 0, 0, outcome, 0, self.cpus[cpu].seq if cpu >= 0 else 0)
-            + (txn, age, round(thread.ran) if thread else 0)
-        )
+        seq, tenant, ran = (thread.seq, thread.tenant, round(thread.ran)) if thread else (0, 0, 0)
+        cpu_seq = self.cpus[cpu].seq if cpu >= 0 else 0
+        record = (0, VERSION, SUBSYSTEM, int(kind), seq, at, tid, cpu, tenant, 0, int(outcome), 0, cpu_seq, txn, age, ran)
         self.order += 1
         heapq.heappush(self.up, (0 if self.inline else at + self.write_ns + self.flush_ns + self.wire_ns, self.order, record))
         self.counts["messages"] += 1

@@ -6,6 +6,7 @@ and leaves of the power budget (`sleep`), and the turbo bins that fewer active c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from waveos.policy.find import check_chosen
 from waveos.scenario import load_scenario
 
 PLACEMENTS = ("on-host", "offload")
+PLACES: tuple[Placement, ...] = ("kernel", "on-host", "offload")
 STEPS: tuple[tuple[str, frozenset[Held]], ...] = (
     ("ticks", frozenset({"sleep", "turbo"})),
     ("sleep", frozenset({"turbo"})),
@@ -61,7 +63,7 @@ def gains(
         if not factor > 0:
             raise ConfigError(f"scale: {name} times {factor}; a number above 0 is needed")
     chosen = scenario or load_scenario("vm")
-    base = _scaled_setup(chosen, policy or chosen.policies.names[0], scale, part, duration_ms)
+    base = scaled_setup(chosen, policy or chosen.policies.names[0], "offload", scale, part=part, duration_ms=duration_ms)
     found: list[dict[str, float]] = []
     for share in busy_shares or chosen.vm.busy_shares:
         found.append({"busy_share": share, **_steps(replace(base, busy_share=share), chosen.vm.ticks)})
@@ -157,7 +159,7 @@ def _gains_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         if len(chain) < 2 or chain[0]["ticks"] == "off" or chain[-1]["only"]:
             continue
         values = [[point["performance"] for point in each["points"]] for each in chain]
-        parts = [[now / before - 1 for before, now in zip(one, two, strict=True)] for one, two in zip(values, values[1:], strict=False)]
+        parts = [[now / before - 1 for before, now in zip(one, two, strict=True)] for one, two in itertools.pairwise(values)]
         row: dict[str, Any] = {"policy": policy, "gain": [last / first - 1 for first, last in zip(values[0], values[-1], strict=True)]}
         if len(parts) == len(STEPS):
             row |= {name: part for (name, _), part in zip(STEPS, parts, strict=True)}
@@ -173,8 +175,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         if "ticks" in row:
             text += f": {row['ticks'][at]:+.1%} from the ticks' own time, {row['sleep'][at]:+.1%} from sleep, {row['turbo'][at]:+.1%} from turbo"
         lines.append(f"{text}. Published, on another machine under another load: up to {results['published_gain_max']:+.1%}")
-    lines.append(f"part {results['part']['name']}: what is published of it and what is assumed, see docs/vm.md; link profile: "
-                 f"{results['link']['name'] if results['link']['verified'] else 'assumed'}")
+    lines.append(
+        f"part {results['part']['name']}: what is published of it and what is assumed, see docs/vm.md; link profile: "
+        f"{results['link']['name'] if results['link']['verified'] else 'assumed'}"
+    )
     return lines
 
 
@@ -182,19 +186,19 @@ def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: floa
     """Which vCPU ran where, of the last policy at the middle share of busy machines without ticks: (events, meta). Raises ConfigError."""
     if load_per_s is not None:
         raise ConfigError("--load is for scenarios that have one; of virtual machines a share is busy: --set vm.busy_shares=[0.5]")
-    if placement not in ("kernel", *PLACEMENTS):
-        raise ConfigError(f"--placement {placement}: no such place{nearest(placement, PLACEMENTS)}; there are kernel, {', '.join(PLACEMENTS)}")
+    place = next((each for each in PLACES if each == placement), None)
+    if place is None:
+        raise ConfigError(f"--placement {placement}: no such place{nearest(placement, PLACES)}; there are {', '.join(PLACES)}")
     check_chosen(scenario.policies, "sched", "sched")
     begin_ms = scenario.run.warmup_ms if from_ms is None else from_ms
     if begin_ms >= scenario.run.warmup_ms + scenario.run.duration_ms:
         raise ConfigError(f"the window begins at {begin_ms:g} ms, but the run ends at {scenario.run.warmup_ms + scenario.run.duration_ms:g}")
-    policy = "kernel" if placement == "kernel" else scenario.policies.names[-1]
+    policy = "kernel" if place == "kernel" else scenario.policies.names[-1]
     share = scenario.vm.busy_shares[len(scenario.vm.busy_shares) // 2]
-    ticks: Ticks = "nohz_idle" if placement == "kernel" else "off"
-    setup = setup_of(scenario, policy, placement if placement != "kernel" else "kernel")  # type: ignore[arg-type]
-    events = simulate(replace(setup, busy_share=share, ticks=ticks, trace=True)).trace
+    ticks: Ticks = "nohz_idle" if place == "kernel" else "off"
+    events = simulate(replace(setup_of(scenario, policy, place), busy_share=share, ticks=ticks, trace=True)).trace
     window = (events["time_ns"] >= begin_ms * MS) & (events["time_ns"] < (begin_ms + for_ms) * MS)
-    return events[window], {"scenario": scenario.name, "configuration": f"{policy}/{placement}/{ticks}", "seed": scenario.run.seed, "timing": "modelled"}
+    return events[window], {"scenario": scenario.name, "configuration": f"{policy}/{place}/{ticks}", "seed": scenario.run.seed, "timing": "modelled"}
 
 
 def setup_of(scenario: Any, policy: str, placement: Placement) -> Setup:
@@ -225,8 +229,9 @@ def setup_of(scenario: Any, policy: str, placement: Placement) -> Setup:
     )
 
 
-def _scaled_setup(scenario: Any, policy: str, scale: Mapping[str, float], part: str, duration_ms: float) -> Setup:
-    setup = setup_of(scenario, policy, "offload")
+def scaled_setup(scenario: Any, policy: str, placement: Placement, scale: Mapping[str, float], *, part: str = "", duration_ms: float = 0.0) -> Setup:
+    """As `setup_of`, with assumed figures times `scale`; on another `part`, or for so long, if they are given."""
+    setup = setup_of(scenario, policy, placement)
     costs = {name: round(getattr(setup.host, name) * scale[name]) for name in HOST_COSTS if name in scale}
     return replace(
         setup,

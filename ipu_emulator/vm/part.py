@@ -204,7 +204,9 @@ def _validate(model: type[Model], raw: Any, path: Path) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}, got {_short(first['input'])}") from error
+        raise ConfigError(
+            f"{path}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}, got {_short(first['input'])}"
+        ) from error
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_a_switch_of_tenants_that_does_not_wait_for_both_cpus_is_found(tmp_path)
     """The policy with its one safeguard taken out: the proof fails, so it is not the load that keeps tenants apart."""
     from waveos.agents.sched import vm_coscheduling
 
-    source = open(vm_coscheduling.__file__).read()
+    source = Path(vm_coscheduling.__file__).read_text()
     broken = source.replace("tenant = holder(self, other)\n", "tenant = -1\n").replace('name="vm_coscheduling"', 'name="broken"')
     assert broken.count("tenant = -1\n") == 1
     (tmp_path / "broken.py").write_text(broken)
@@ -437,7 +438,13 @@ def test_a_scenario_that_cannot_be_is_told(setting, told):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["compare", "vm", "--no-saturation"], ["compare", "vm", "--loads", "3"], ["run", "vm", "--load", "3"], ["sweep", "vm", "--over", "vm.cores=1,2"]]
+    "arguments",
+    [
+        ["compare", "vm", "--no-saturation"],
+        ["compare", "vm", "--loads", "3"],
+        ["run", "vm", "--load", "3"],
+        ["sweep", "vm", "--over", "vm.cores=1,2"],
+    ],
 )
 def test_what_scenarios_of_machines_do_not_have_is_refused(arguments):
     done = CliRunner().invoke(app, arguments)

@@ -31,7 +31,15 @@ def table(results: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
         raise ConfigError("these are no results of virtual machines; `wave compare vm --out FILE` writes some")
     shares = results["busy_shares"]
     middle = len(shares) // 2
-    columns = ["policy", "agent", "ticks on", *(f"{share:.0%} busy" for share in shares), f"MHz at {shares[middle]:.0%}", "deep cores", "wake p99, us"]
+    columns = [
+        "policy",
+        "agent",
+        "ticks on",
+        *(f"{share:.0%} busy" for share in shares),
+        f"MHz at {shares[middle]:.0%}",
+        "deep cores",
+        "wake p99, us",
+    ]
     rows = []
     for each in results["configs"]:
         point = each["points"][middle]
