@@ -12,6 +12,7 @@ A policy finds a thread's virtual machine, its tenant, in `msg.request_class`; t
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -167,6 +168,7 @@ class _World:
         inline = self.inline
         self.bound = policy.bind(n_cpus=self.n, params=params)
         self.runtime = make_runtime(self.bound, cpus=self.n, threads=len(self.threads), ahead=int(costs.prestage and not inline))
+        self.timer, self.failed = self.runtime["next_timer_ns"], self.runtime["failed"]
         self.write_ns, self.flush_ns, self.wire_ns = (0, 0, 0) if inline else (costs.host_write_ns, costs.host_flush_ns, costs.wire_ns)
         self.read_ns, self.peek_ns, self.hit_ns = (0, 0, 0) if inline else (costs.host_read_ns, costs.host_peek_ns, costs.host_hit_ns)
         self.prefetch = costs.prefetch and not inline
@@ -225,7 +227,7 @@ class _World:
             heapq.heappop(self.bursts)
         if not self.bursts:
             return 1 << 62
-        return self.now + max(0, int(np.ceil((self.bursts[0][0] - self.work) / self.cores.speed)))
+        return self.now + max(0, math.ceil((self.bursts[0][0] - self.work) / self.cores.speed))
 
     def _begin_counting(self) -> None:
         for cpu in range(self.n):
@@ -278,7 +280,7 @@ class _World:
         """Have the agent look when it is free and something is visible, or when one of its timers is due."""
         if self.inline:
             return
-        due = min(self.up[0][0] if self.up else 1 << 62, int(self.runtime["next_timer_ns"][0]))
+        due = min(self.up[0][0] if self.up else 1 << 62, int(self.timer[0]))
         due = max(due, self.agent_free)
         if due < 1 << 62 and (self.agent_due <= self.now or due < self.agent_due):
             self.agent_due = due
@@ -307,7 +309,7 @@ class _World:
         pieces, taken = [], 0
         while taken < len(messages):
             taken, made = feed_all(self.runtime, messages, taken, self._out)
-            if self.runtime["failed"][0]:
+            if self.failed[0]:
                 raise failure(self.runtime, self.bound)
             pieces.append(self._out[:made].copy())
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -315,12 +317,12 @@ class _World:
     def _decide_here(self, own: int, at: int | None = None) -> None:
         """The policy runs in the kernel: on what has just happened, on the CPU `own` that is here itself, or on another."""
         at = self.now if at is None else at
-        timer = int(self.runtime["next_timer_ns"][0])
+        timer = int(self.timer[0])
         if self.up or timer <= at:
             records = [heapq.heappop(self.up)[2] for _ in range(len(self.up))]
             for decision in self._feed(records, at):
                 self._commit(decision, at, own)
-        timer = int(self.runtime["next_timer_ns"][0])
+        timer = int(self.timer[0])
         if timer < 1 << 62 and (self.agent_due <= self.now or timer < self.agent_due):
             self.agent_due = max(timer, self.now + 1)
             self._at(self.agent_due, self._nothing)

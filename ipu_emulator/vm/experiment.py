@@ -22,7 +22,7 @@ from waveos.names import nearest
 from waveos.policy.find import check_chosen
 from waveos.scenario import load_scenario
 
-PLACEMENTS = ("on-host", "offload")
+PLACEMENTS: tuple[Placement, ...] = ("on-host", "offload")
 PLACES: tuple[Placement, ...] = ("kernel", "on-host", "offload")
 STEPS: tuple[tuple[str, frozenset[Held]], ...] = (
     ("ticks", frozenset({"sleep", "turbo"})),
@@ -37,8 +37,9 @@ Progress = Callable[[int, int, str], None]
 
 
 def assumed_names() -> list[str]:
-    """Names that `gains` takes in `scale`: every assumed figure of parts, guests, host and link."""
-    return [*Assumed.model_fields, *Guests.model_fields, *HOST_COSTS, LINK, "message_ns"]
+    """Names that `gains` takes in `scale`: every assumed figure of part, guests, host, link and agent that a gain can depend on."""
+    guests = [name for name in Guests.model_fields if name not in ("watch_ms", "silent_ms")]
+    return [*Assumed.model_fields, *guests, *HOST_COSTS, LINK, "message_ns"]
 
 
 def gains(
