@@ -266,9 +266,9 @@ def test_every_assumed_figure_can_be_varied_and_a_dearer_tick_gains_more(gained)
 def test_pairs_stay_on_the_siblings_of_one_core():
     trace = simulate(replace(SMALL, machines=12, busy_share=0.5)).trace
     homes = {tid: {cpu for cpu, other in runs(trace) if other == tid} for _, tid in runs(trace)}
-    assert len(homes) > 20
+    assert len(homes) > 20  # of 24; an idle one may not have woken
     assert all(len(cpus) == 1 for cpus in homes.values())
-    for tid in range(0, 24, 2):
+    for tid in set(homes) & {tid - 1 for tid in homes if tid % 2}:
         (one,), (two,) = homes[tid], homes[tid + 1]
         assert one % SMALL.cores == two % SMALL.cores and one != two
 
