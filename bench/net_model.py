@@ -27,9 +27,12 @@ def read_rpc() -> dict[str, Any]:
     return tomllib.loads((Path(ipu_emulator.__path__[0]) / "data" / "net" / "rpc.toml").read_text())
 
 
-def account_cores(metrics: dict[str, Any], seed: int, requests: int) -> list[str]:
-    """Host cores of a service with its RPC stack on the host and on the IPU. The stack's cost is what recvmmsg's echo took here, if that was measured."""
-    rpc = read_rpc()
+def account_cores(metrics: dict[str, Any], seed: int, requests: int, rpc: dict[str, Any] | None = None) -> list[str]:
+    """Host cores of a service with its RPC stack on the host and on the IPU. The stack's cost is what recvmmsg's echo took here, if that was measured.
+
+    `rpc`: other costs than those of `read_rpc`.
+    """
+    rpc = rpc or read_rpc()
     service, speed = rpc["service"], rpc["relative_speed"]
     stack_ns = metrics.get("mmsg_server_ns_per_packet", rpc["stack_ns"])
     where = "measured here" if "mmsg_server_ns_per_packet" in metrics else "as measured for rpc.toml"
