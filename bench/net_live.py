@@ -21,8 +21,9 @@ from waveos.host.net import topology
 from waveos.host.net.client import Client, draw_plan
 from waveos.host.net.datapath import Datapath
 from waveos.host.net.service import UdpService
+from waveos.ipu_emulator.net import RequestClass, Setup, simulate
 
-PORT, WORKERS = 5_000, 4
+PORT, WORKERS, FLOWS = 5_000, 4, 512
 POLICIES = {"rss": "rss", "jbsq": "jbsq", "slo_steering": "slo"}
 """And what they are called in the figures."""
 GET_SLO_US, RANGE_SLO_US = 50, 5_000  # before stretching
@@ -48,23 +49,51 @@ def compare_policies(metrics: dict[str, Any], options: dict[str, Any]) -> list[s
         range_s = get_s + float(times[1].mean() - times[0].mean()) / 1e9
         rate = options["load"] * WORKERS / ((1 - share) * get_s + share * range_s)
         for number in range(options["live_rounds"]):
-            plan = draw_plan(rate, options["live_seconds"], share, flows=512, slo_us=slo_us, seed=options["seed"] + number)
+            plan = draw_plan(rate, options["live_seconds"], share, flows=FLOWS, slo_us=slo_us, seed=options["seed"] + number)
             for policy in POLICIES:
-                # GETs cannot wait, RANGEs can, and leave half of the workers to them.
-                params = ("--param", f"patient_us={2 * slo_us[0]}", "--param", "spare=2") if policy == "slo_steering" else ()
+                params = [word for key, value in _params(policy, slo_us).items() for word in ("--param", f"{key}={value:g}")]
                 with _serving(network, policy, core, *params) as path:
                     answered = client.run(plan.copy())
                     unserved[policy] += path.ports.counters()["client_unserved"]
                 found[policy].append(float(np.percentile(answered.latency_us(0), 99)))
                 missing[policy] += answered.unanswered
+    predicted = _predict(alone, times, rate, share, slo_us, options)
     for policy, name in POLICIES.items():
         metrics[f"live_{name}_get_p99_us"] = float(np.median(found[policy]))
+        metrics[f"live_{name}_get_p99_us_low"], metrics[f"live_{name}_get_p99_us_high"] = min(found[policy]), max(found[policy])
+        metrics[f"predicted_{name}_get_p99_us"] = predicted[policy]
         metrics[f"live_{name}_unanswered"] = missing[policy]
         metrics[f"live_{name}_on_kernels_path"] = unserved[policy]  # while the agent had to wait for its core: the machine was not quiet
     gain = float(np.median(np.array(found["rss"]) / np.array(found["slo_steering"])))
     metrics["live_rate_per_s"], metrics["live_stretch"], metrics["live_rss_over_slo"] = rate, stretch, gain
     label = f"{WORKERS} workers, service: timed waits drawn from RocksDB's times measured here, stretched {stretch:g} times"
     return [f"live GET p99 {gain:.1f}x lower with slo_steering than with RSS at {options['load']:.0%} load ({label})"]
+
+
+def _params(policy: str, slo_us: tuple[int, int]) -> dict[str, float]:
+    """Live and in the model: GETs cannot wait, RANGEs can, and leave half of the workers to them."""
+    return {"patient_us": 2.0 * slo_us[0], "spare": 2.0} if policy == "slo_steering" else {}
+
+
+def _predict(
+    alone: Any, times: list[npt.NDArray[np.int64]], rate_per_s: float, share: float, slo_us: tuple[int, int], options: dict[str, Any]
+) -> dict[str, float]:
+    """GET p99 in us that the model gives each policy: RocksDB's times, each longer by what a wait took a worker beyond them, and the way there and back."""
+    answered = alone.plan["done_ns"] > 0
+    extra_ns = max(0.0, float(np.mean(alone.plan["work_ns"][answered])) - float(times[0].mean()))
+    way_us = float(np.median(alone.latency_us(0)) - np.median(alone.plan["work_ns"][answered]) / 1e3)
+    classes = [
+        RequestClass(part, float(each.mean() + extra_ns), "samples", 1_000 * slo, samples_ns=(each + extra_ns).astype(np.int64))
+        for part, each, slo in zip((1 - share, share), times, slo_us, strict=True)
+    ]
+    requests = int(rate_per_s * options["live_seconds"] * options["live_rounds"])
+    return {
+        policy: way_us
+        + simulate(
+            Setup(policy, WORKERS, classes, params=_params(policy, slo_us), flows=FLOWS), rate_per_s, requests=requests, seed=options["seed"]
+        ).quantile_us(0.99, 0)
+        for policy in POLICIES
+    }
 
 
 def strike_agents(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]:
@@ -82,7 +111,7 @@ def strike_agents(metrics: dict[str, Any], options: dict[str, Any]) -> list[str]
                         os.kill(pid, number)  # noqa: B023
                         hit.append(time.monotonic_ns())  # noqa: B023
 
-                plan = draw_plan(STRIKE_RATE_PER_S, STRIKE_UNTIL_S, 0.0, flows=512, slo_us=(0, 0), seed=options["seed"])
+                plan = draw_plan(STRIKE_RATE_PER_S, STRIKE_UNTIL_S, 0.0, flows=FLOWS, slo_us=(0, 0), seed=options["seed"])
                 answered = client.run(plan, heard=strike)
             lost = answered.start_ns + plan["at_ns"][plan["done_ns"] == 0]
             after_ns = max(0, int(lost.max()) - hit[0]) if len(lost) else 0
