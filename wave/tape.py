@@ -44,6 +44,15 @@ def append(path: str | os.PathLike[str], records: Records) -> None:
         raise ConfigError(f"cannot record to {os.fspath(path)}: {error.strerror}; what was recorded before is there") from error
 
 
+def write(path: str | os.PathLike[str], facts: dict[str, Any], messages: Records, decisions: Records) -> None:
+    """A whole tape of what an onlooker saw: [n] MESSAGE, then [m] DECISION, since which was made on which it does not know. Raises ConfigError."""
+    begin(path, facts)
+    append(path, messages)
+    marked = decisions.copy()
+    marked["mark"] = DECIDED
+    append(path, marked)
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Records, Records]:
     """(facts, messages with their batch ends [n] MESSAGE, decisions [m] DECISION). A record that was cut off is left out. Raises ConfigError."""
     try:

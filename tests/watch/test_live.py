@@ -121,7 +121,7 @@ def test_the_queues_are_roots_to_look_at(enclave):
     assert "is not for this user" in done.stderr or "may not ask" in done.stdout
 
 
-def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto(tmp_path, capsys):
+def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto_and_recorded_for_a_replay(tmp_path, capsys):
     if (why := why_not()) is not None:
         pytest.skip(why)
     cpus = sorted(os.sched_getaffinity(0))
@@ -139,6 +139,13 @@ def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto(tmp_path, capsys):
     with daemon(name, HOSTD, *arguments, "--", sys.executable, "-S", "-E", "-c", LOAD):
         drawn = until(traced, "no decision took effect")
         status = doors.ask(name, {"do": "status", "detail": True})
+        assert run(["record", "--for", "1s", "--out", str(tmp_path / "kept.tape"), name]) == 0
+    capsys.readouterr()
+    assert run(["replay", str(tmp_path / "kept.tape"), "--policy", "round_robin", "--param", "quantum_us=100", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert replayed["recorded"]["policy"] == "fifo"
+    assert [each["id"] for each in replayed["configs"]] == ["fifo/on-host same workers", "round_robin/on-host same workers"]
+    assert all(each["points"][0]["throughput_per_s"] > 0 for each in replayed["configs"])
     tracks = {event["args"]["name"] for event in drawn if event["name"] == "thread_name"}
     assert {f"CPU {cpus[0]}", "host to agent", "agent to host"} <= tracks
     ran = {event["name"] for event in drawn if event["ph"] == "X" and event.get("cat") == "run"}

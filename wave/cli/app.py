@@ -15,8 +15,6 @@ from waveos.cli import EXIT_CODES
 
 MODULES = (
     "experiment",
-    "sweep",
-    "plan",
     "policies",
     "bench",
     "calibrate",
@@ -29,6 +27,7 @@ MODULES = (
     "serve",
     "demo",
     "probe",
+    "recording",
     "net",
     "keys",
     "relay",

@@ -5,23 +5,20 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from waveos.cli import INTERRUPTED
 from waveos.cli.probe import parse_length
 from waveos.cli.results import check_outputs
 from waveos.cli.terminal import print_json, talk
-from waveos.errors import ConfigError, LinkError
+from waveos.errors import LinkError
 
 
 def trace_live(name: str | None, length: str, out: Path, as_json: bool) -> int | None:
     """Look on, then write. What was seen is kept when Ctrl-C, or the end of hostd, ends it sooner: the exit code says so."""
     seconds = parse_length(length, "--live")
     check_outputs(out)
-    if name is None:
-        known = import_module("waveos.watch.source").enclaves()
-        if len(known) != 1:
-            raise ConfigError(f"name the enclave: {', '.join(known)}" if known else "no hostd runs on this machine: `wave hostd` starts one")
-        name = known[0]
+    name = name or import_module("waveos.watch.source").only_enclave()
     if sys.stderr.isatty():
         talk(f"looking at {name} for {seconds:g} s ...")
     recording = import_module("waveos.watch.recording").record(name, seconds)
@@ -36,10 +33,13 @@ def trace_live(name: str | None, length: str, out: Path, as_json: bool) -> int |
     else:
         print(out)
         talk(", ".join(f"{count:,} {what}" for what, count in told.items()) + "; open the file at https://ui.perfetto.dev")
-    if recording.over and not recording.gone:
-        talk(f"it ended before its time: {recording.over}")
-    if recording.over == "interrupted":
-        return INTERRUPTED
+    return end(recording, out)
+
+
+def end(recording: Any, out: Path) -> int | None:
+    """Say why it ended before its time, if it did; the exit code. Raises LinkError if hostd's end was why."""
     if recording.gone:
         raise LinkError(f"{recording.over}; what was seen before is in {out}")
-    return None
+    if recording.over:
+        talk(f"it ended before its time: {recording.over}")
+    return INTERRUPTED if recording.over == "interrupted" else None

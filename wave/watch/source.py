@@ -30,6 +30,14 @@ def enclaves() -> list[str]:
     return []
 
 
+def only_enclave() -> str:
+    """The one enclave of this machine. Raises ConfigError if there is none, or one has to be named."""
+    known = enclaves()
+    if len(known) != 1:
+        raise ConfigError(f"name the enclave: {', '.join(known)}" if known else "no hostd runs on this machine: `wave hostd` starts one")
+    return known[0]
+
+
 def status(name: str, *, detail: bool = False) -> Status:
     """What one enclave's hostd says; `on_cpus` with it where `detail` is wanted. Raises ConfigError if none runs, LinkError if it does not answer."""
     told: Status = import_module("waveos.host.doors").ask(name, {"do": "status", **({"detail": True} if detail else {})}, ANSWER_S)
