@@ -121,8 +121,7 @@ def test_the_commands_run_it_and_keep_its_results(tmp_path):
     [
         ["compare", "memory", "--no-saturation"],
         ["run", "memory", "--trace", "t.json"],
-        ["sweep", "memory", "--grid", "memory.gib=1,2", "--loads", "20k"],
-        ["plan", "memory"],
+        ["sweep", "memory", "--over", "memory.gib=1,2"],
         ["trace", "memory"],
     ],
 )
