@@ -1,6 +1,7 @@
 """Binding a policy: compiled or plain it decides the same, and compiled code is never older than its source."""
 
 import ctypes
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from waveos import sched
 from waveos.errors import PolicyError
-from waveos.policy import load_policy, policy_names
+from waveos.policy import bind, load_policy, policy_names
 from waveos.sched.orders import ORDERS
 from waveos.testing import Replayed, interpreted, record_stream
 
@@ -133,6 +134,15 @@ def test_two_users_of_a_policy_share_code_and_nothing_else():
     first.state["runq"]["tail"] = 7
     assert second.state["runq"]["tail"][0] == 0
     assert (first.state["cpus"][0], second.state["cpus"][0]) == (2, 3)
+
+
+def test_a_copy_of_a_policy_file_under_another_name_is_compiled_for_itself(tmp_path, monkeypatch):
+    for name in ("bound_mine", "bound_copy"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(TEMPLATE.replace("BODY", "msg.tid"))
+        assert load_policy(str(path)).bind(n_cpus=2).address
+        monkeypatch.delitem(sys.modules, f"wave_policy_{name}")  # what the next process would not have either
+        monkeypatch.setattr(bind, "_COMPILED", {})
 
 
 @pytest.mark.parametrize(

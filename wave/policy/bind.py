@@ -147,7 +147,8 @@ def _numba_says(error: NumbaError) -> str:
 
 
 def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str:
-    """A hash of all that goes into the compiled code: the handlers, what they call, the records, numba's and this layout's version."""
+    """A hash of all that goes into the compiled code: the handlers, what they call, the records, numba's and this layout's version; and the names of their
+    modules, which numba imports when it loads compiled code again."""
     digest = hashlib.sha256(
         f"{numba.__version__} {np.__version__} {source} {dtype.descr} {policy.subsystem.MESSAGE.fields} {policy.subsystem.ORDERS.descr}".encode()
     )
@@ -158,6 +159,7 @@ def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str
         if not isinstance(function, FunctionType) or id(function) in seen:
             return
         seen.add(id(function))
+        digest.update(f"{function.__module__} ".encode())
         _add_code(digest, function.__code__)
         digest.update(repr(function.__defaults__).encode())
         for name in _names(function.__code__):
