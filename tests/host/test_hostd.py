@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from waveos.agents import agentd
 from waveos.cli import run
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, LinkError
 from waveos.handover import hear, tell
 from waveos.host import doors, restore
 from waveos.host.enclave import CGROUPS
@@ -304,6 +305,24 @@ def test_control_takes_json_lines_and_says_what_is_wrong_with_others(world):
         assert json.loads(answers.readline())["mechanism"] == "simulated"
         assert json.loads(answers.readline()) == {"ok": True}
     until(lambda: world.status() is None)
+
+
+def test_a_hostd_that_ends_with_a_question_unread_is_told_as_gone(world):
+    (world.folder / "gone").mkdir()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(world.folder / "gone/control.sock"))
+        door.listen(1)
+
+        def end() -> None:
+            line, _ = door.accept()
+            line.recv(1, socket.MSG_PEEK)
+            line.close()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        with pytest.raises(LinkError, match="the hostd of 'gone' went away before it answered"):
+            doors.ask("gone", {"do": "status"})
+        ending.join()
 
 
 def test_status_and_enclaves_are_tables_and_json(world, capsys):
