@@ -220,6 +220,10 @@ class Governor:
                 self._entries[pid] = changes.note_thread(self._journal, pid)
                 attributes.set_affinity(pid, self._allowed(pid))
                 attributes.apply(pid, self._member)
+                self._find_again(pid, self._numbers[pid])
+
+    def _find_again(self, pid: int, number: int) -> None:
+        """A member that is governed again may have changed its state where the kernel's side does not look; here nothing is known of that."""
 
     def counters(self) -> dict[str, Any]:
         """What has happened so far."""

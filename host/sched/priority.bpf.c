@@ -15,6 +15,12 @@ u64 grace_ns = 50000; /* set by hostd */
 
 #define TASK_DEAD 0x80 /* linux/sched.h */
 
+/* A decision is given up whose thread the kernel has so often left aside, though hostd had moved it to the head of the queue: it cannot run. It has gone to
+ * sleep on a CPU outside the enclave, say, where nobody looks. Without an end to it hostd and the thread that runs instead would take turns for good. */
+#define TRIES 3
+#define ORDERED (1u << 15) /* in a staged decision's flags: hostd was told to move its thread, */
+#define TRY (1u << 16)     /* and, counted from this bit on, how often that was of no use */
+
 /* What hostd is to do, in order. */
 enum act_type { ACT_TAIL = 1, ACT_HEAD };
 struct act {
@@ -70,6 +76,26 @@ static __always_inline bool compare(u32 cpu, u64 now)
 	c->deviates = 1;
 	host.deviations++;
 	return true;
+}
+
+/* Another member than the decided one came onto the CPU: had hostd moved that one, it was of no use. */
+static __always_inline void count_try(u32 cpu, s32 tid)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct decision *d = head_of(c);
+
+	if (c->staged && d->flags & ORDERED && d->tid != tid) {
+		d->flags &= ~ORDERED;
+		d->flags += TRY;
+	}
+}
+
+/* The thread of the decision at the head of the queue, which `first` returned, cannot run: the agent is told that it sleeps. */
+static __always_inline void give_up(struct decision *d, u32 cpu, u64 now)
+{
+	drop_head(cpu_at(cpu));
+	change(d->tid, BLOCKED, MESSAGE_THREAD_BLOCKED, cpu, now);
+	answer(d, cpu, OUTCOME_TARGET_NOT_RUNNABLE, now);
 }
 
 static int look_again(void *map, u32 *cpu, struct alarm *alarm)
@@ -161,6 +187,7 @@ static __always_inline bool arrive(s32 tid, u32 cpu, u64 now)
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, cpu, now);
 	c->stray = tid;
 	host.strays++;
+	count_try(cpu, tid);
 	return compare(cpu, now);
 }
 
@@ -264,6 +291,25 @@ int prepare(void *context)
 	return 0;
 }
 
+/* A member is governed again: what it did in between is known only as far as it did it on the enclave's CPUs. It counts as blocked, as one that joins does,
+ * until hostd sees it wait (`seen_runnable`), or an event shows it. */
+SEC("syscall")
+int unsettle(struct adopt *a)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct thread *t = thread_at(a->tid);
+
+	bpf_spin_lock(&lock);
+	if (t->pid == a->pid && !t->dying) {
+		if (t->state == RUNNING)
+			vacate(t->cpu, MESSAGE_THREAD_BLOCKED, now);
+		else if (t->state == RUNNABLE)
+			change(a->tid, BLOCKED, MESSAGE_THREAD_BLOCKED, NOBODY, now);
+	}
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
 /* The doorbell rang, or the kernel runs what was not decided: say what is to be done about it, in `acts`. */
 SEC("syscall")
 int attend(void *context)
@@ -295,8 +341,14 @@ int attend(void *context)
 				accept(c->stray, cpu, now);
 			else if (d && d->tid == c->stray)
 				commit(d, cpu, now);
-			else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1))
+			else if (d && d->flags >= TRIES * TRY) {
+				give_up(d, cpu, now);
+				if (c->stray >= 0 && !first(cpu, now))
+					accept(c->stray, cpu, now);
+			} else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1)) {
+				d->flags |= ORDERED;
 				order(ACT_HEAD, d->tid, cpu);
+			}
 		}
 		c->deviates = 0;
 		bpf_spin_unlock(&lock);

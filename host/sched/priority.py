@@ -16,7 +16,7 @@ import numpy as np
 
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
-from waveos.host.sched.governor import Governor
+from waveos.host.sched.governor import Adopt, Governor
 from waveos.sched.records import PREEMPT
 
 OBJECT = Path(__file__).with_name("priority.bpf.o")
@@ -43,12 +43,19 @@ class Priority(Governor):
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
             self._acts: Any = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(ACTS)[0]
+            self._unsettle = self._bpf.program("unsettle")
             if self._bpf.program("prepare").run():
                 raise ConfigError("the kernel gave no timer to the mechanism 'priority'")
             self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit")
         except BaseException:
             self.close()
             raise
+
+    def _find_again(self, pid: int, number: int) -> None:
+        """A thread that was the kernel's for a while may have gone to sleep on a CPU that is not the enclave's, of which nobody was told."""
+        request = Adopt(pid, number)
+        self._unsettle.run(request)
+        self._look_at(pid, number, request)
 
     def _enforce(self) -> None:
         """Move what is to be moved in the kernel's queue."""

@@ -493,7 +493,7 @@ static __noinline u32 drain(u64 now)
 		d.decided_ns = from->decided_ns;
 		d.txn = from->txn;
 		d.tid = from->tid;
-		d.flags = from->flags;
+		d.flags = from->flags & (DECISION_PREEMPT | DECISION_KICKED); /* the rest is the mechanism's own */
 		d.cpu_seq = from->cpu_seq;
 		number = (u32)from->cpu;
 		host.down_next++;
