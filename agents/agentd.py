@@ -116,7 +116,7 @@ class Served:
         self._runtime: Any = None
         self._tape_path: Path | None = None
         self._tape = np.zeros(TAPE_RECORDS if orders.record else 0, MESSAGE)
-        self._event, self._decide = (np.zeros(BINS if orders.measure else 0, np.int64) for _ in range(2))
+        self._times = np.zeros((3, BINS), np.int64) if orders.measure else None
         self._task: Task | None = None
         self._then: Callable[[Any], None] = self._found
         self._attended_s = math.inf
@@ -206,12 +206,11 @@ class Served:
         """Let the loop serve the link's present queues with the present runtime."""
         self._begin_tape()
         handed = self._link.handed
-        times = {"event": self._event, "decide": self._decide} if len(self._event) else {}
         tape_records = self._tape if self._tape_path else None
         doorbell = handed.doorbell if handed else -1
         bell = handed.facts.get("bell", KICKED) if handed else KICKED
         up, down = self._link.queue(MESSAGES), self._link.queue(TXNS)
-        join(self._row, up, down, self._runtime, replay=self.orders.replay, doorbell=doorbell, bell=bell, tape=tape_records, **times)
+        join(self._row, up, down, self._runtime, replay=self.orders.replay, doorbell=doorbell, bell=bell, tape=tape_records, times=self._times)
 
     # While it is served, between two slices of the loop
 
@@ -280,12 +279,12 @@ class Served:
         return failure(self._runtime, self._bound) if self._runtime is not None and self._runtime["failed"][0] else None
 
     def report(self) -> dict[str, Any]:
-        """Counters since the link was joined, and, where times are measured, two histograms as (lower edge in ns, count)."""
+        """Counters since the link was joined, and, where times are measured, three histograms as (lower edge in ns, count)."""
         told: dict[str, Any] = {name: int(self._row[name][0]) for name in ("messages", "decisions", "batches", "rings")}
         told |= {name: int(self._runtime[name][0]) for name in RUNTIME_COUNTERS}
         told |= {"policy": self._policy, "params": self._params, "pid": os.getpid(), "start": start_time(os.getpid())}
-        if len(self._event):
-            told |= {"event_ns": filled_ns(self._event), "decide_ns": filled_ns(self._decide)}
+        if self._times is not None:
+            told |= {f"{name}_ns": filled_ns(times) for name, times in zip(("event", "wakeup", "decide"), self._times, strict=True)}
         return told
 
     @property

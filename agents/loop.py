@@ -47,7 +47,8 @@ ENCLAVE = np.dtype(
         ("inbox_at", "i8"),
         ("tape_at", "i8"),  # of room for records to be kept; 0 of them: nothing is recorded
         ("tape_records", "i8"),
-        ("event_at", "i8"),  # of two histograms of BINS words: from the host's clock in a message to its being taken,
+        ("event_at", "i8"),  # of three histograms of BINS words: from the host's clock in a message to its being taken,
+        ("wakeup_at", "i8"),  # the same of those without a CPU: wake-ups, by whoever did them on whatever core,
         ("decide_at", "i8"),  # from taking a batch to having sent its decisions; 0: nothing is timed
         ("unsettled", "i8"),  # messages were fed since the last BATCH_END
         ("kicked", "i8"),  # a decision was sent that cannot wait
@@ -77,19 +78,19 @@ def join(
     doorbell: int = -1,
     bell: int = KICKED,
     tape: npt.NDArray[np.void] | None = None,
-    event: npt.NDArray[np.int64] | None = None,
-    decide: npt.NDArray[np.int64] | None = None,
+    times: npt.NDArray[np.int64] | None = None,
 ) -> None:
     """Let the loop serve it: `enclave` is [1] ENCLAVE, `up` and `down` the queues of messages and transactions of its link. The arrays must outlive it.
 
-    tape: [n] MESSAGE, at least TAPE of them; event, decide: [BINS] each.
+    tape: [n] MESSAGE, at least TAPE of them; times: [3, BINS], the histograms `event`, `wakeup` and `decide`.
     """
     for name, array in (("messages", up.memory), ("txns", down.memory)):
         enclave[f"{name}_at"], enclave[f"{name}_words"] = array.ctypes.data, array.size
     enclave["messages_own_at"], enclave["txns_own_at"] = up.own.ctypes.data, down.own.ctypes.data
     enclave["runtime_at"], enclave["inbox_at"] = runtime.ctypes.data, enclave.ctypes.data + INBOX_AT
     enclave["tape_at"], enclave["tape_records"] = (0, 0) if tape is None else (tape.ctypes.data, len(tape))
-    enclave["event_at"], enclave["decide_at"] = (0, 0) if event is None or decide is None else (event.ctypes.data, decide.ctypes.data)
+    for row, name in enumerate(("event_at", "wakeup_at", "decide_at")):
+        enclave[name] = 0 if times is None else times[row].ctypes.data
     enclave["replay"], enclave["doorbell"], enclave["bell"] = replay, doorbell, bell
     enclave["unsettled"] = enclave["kicked"] = enclave["beat_ns"] = enclave["taped"] = 0
     enclave["heard_ns"] = clock_ns()
@@ -214,6 +215,8 @@ def _time_event(e: Any, record: Any, began_ns: int) -> int:
     now_ns = clock_ns()
     if record.type < TXN_OUTCOME:
         count_ns(carray(as_pointer(e.event_at), BINS, np.int64), now_ns - record.time_ns)
+        if record.cpu < 0:
+            count_ns(carray(as_pointer(e.wakeup_at), BINS, np.int64), now_ns - record.time_ns)
     return began_ns or now_ns
 
 

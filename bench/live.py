@@ -8,7 +8,8 @@ programs took more than 5 % of the host CPU is repeated, twice at most, and the 
 saturation     the highest offered load whose backlog stays bounded: drained within 1 % of `saturation_s` after the last send
 at 70 %        of the saturation of the kernel's default
 decision_      from the kernel's event until the agent has it, until it has decided, until the host has done it (agent and host count each; _rtt_ is their sum,
-               drawn from the three as if independent)
+               drawn from the three as if independent). _event_ also by who caused it: _event_other_core_ what happens on the workers' CPU, where a thread
+               blocks, ends or is switched; _event_same_core_ a wake-up by the client, which has the agent's core while it does that and until it sleeps again
 runqlat_       how long the workers waited for the CPU once they could run, as the kernel's tracepoints say (wave probe runqlat), in windows of their own
 hackbench      what hostd costs who is not in the enclave: hackbench on the same CPU, with and without, in turns
 predicted_     by the emulator, from costs that were measured here one by one (bench/live_costs.py), none of them from the loads that it predicts
@@ -21,14 +22,17 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from waveos.bench import live_costs, live_prediction, live_schedulers
 from waveos.bench.live_schedulers import KERNEL, TUNED, WAVE, Enclave
@@ -71,6 +75,8 @@ QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 DRAWN = 200_000
 NOISY_SHARE = 0.05
 HACKBENCH_LOOPS = 15_000
+COSTS_S, ENCLAVE_S = 45.0, 6.0
+"""Of the experiments for the emulator, and of an enclave's coming and going; for what is told of the whole's length alone."""
 STEP = 0.03
 """Between two loads of the search for saturation."""
 BACKLOG_SHARE, LEAST_BACKLOG_NS = 0.01, 60_000_000
@@ -93,6 +99,7 @@ class Plan:
     quantum_us: float
     host_core: int
     agent_core: int
+    began_s: float = field(default_factory=time.monotonic)
 
 
 def run(
@@ -136,7 +143,7 @@ def begin(plan: Plan) -> Iterator[Bench]:
     """The service is up, the client is where it belongs."""
     capacity = round(MOST_PER_S * max(plan.seconds, plan.saturation_s, 1.0) * 1.2)
     machine = describe_machine()  # before the client is bound to one core
-    _tell("building the database")
+    _tell(plan, "building the database")
     with (
         rocksdb.database() as folder,
         Service(folder, workers=plan.workers, core=plan.host_core, capacity=capacity) as service,
@@ -155,20 +162,21 @@ class Bench:
 
     def measure(self) -> dict[str, Any]:
         plan = self.plan
-        _tell("measuring costs one by one")
+        talk(f"live: at most some {expected_s(plan) / 60:.0f} minutes if the machine is quiet; lines say how many have passed")
+        _tell(plan, "measuring costs one by one")
         costs = live_costs.measure(self.service, plan.host_core, plan.agent_core, plan.seed)
-        _tell("saturation of the kernel's default")
+        _tell(plan, "saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
         windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *plan.tuned, WAVE)}
         for number in range(plan.rounds):
-            _tell(f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
+            _tell(plan, f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
             for name in windows:
                 windows[name].append(self.window(name, rate, plan.seed + number))
         at_load = list(self.told)
         tuned = min(plan.tuned, key=lambda name: median(each.get_p99_us for each in windows[name]))
         for name in (tuned, WAVE):
-            _tell(f"saturation of {name}")
+            _tell(plan, f"saturation of {name}")
             saturations[name] = self._saturation(name, saturations[KERNEL])
         metrics: dict[str, Any] = {"rate_per_s": rate, "quantum_us": plan.quantum_us}
         spread: dict[str, list[float]] = {}
@@ -240,7 +248,7 @@ class Bench:
         """What the kernel says of the same load, independent of what Wave and the client count; nothing where there are no probes."""
         plan, metrics = self.plan, dict[str, float]()
         for name in names:
-            _tell(f"{name} at {rate_per_s:,.0f} requests/s, watched by a probe")
+            _tell(plan, f"{name} at {rate_per_s:,.0f} requests/s, watched by a probe")
             try:
                 with self._under(name) as serve, Probe("runqlat", Target(tuple(self.service.pids))) as probe:
                     serve(rate_per_s, plan.seconds, plan.seed)
@@ -255,9 +263,9 @@ class Bench:
         """Time of hackbench on the host CPU, with hostd there for others, as a share of that without, less 1; nothing without hackbench."""
         plan = self.plan
         if shutil.which("hackbench") is None:
-            _tell("no hackbench here (package rt-tests): hostd's cost to others is not measured")
+            _tell(plan, "no hackbench here (package rt-tests): hostd's cost to others is not measured")
             return {}
-        _tell("hackbench with and without hostd")
+        _tell(plan, "hackbench with and without hostd")
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(min(5, plan.rounds, 2 * plan.tries - 1)):
             with live_schedulers.polling(plan.agent_core):
@@ -289,7 +297,7 @@ class Bench:
         for name, enforced in ((KERNEL, None), (WAVE, wave)):
             for share in plan.shares:
                 rate = share * saturations[name]
-                _tell(f"{name} measured and predicted at {rate:,.0f} requests/s")
+                _tell(plan, f"{name} measured and predicted at {rate:,.0f} requests/s")
                 measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, plan.tries))])
                 predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
                 for key, value in predicted.items():
@@ -298,6 +306,14 @@ class Bench:
             metrics[f"predicted_{name}_saturation_per_s"] = live_prediction.saturation(costs, enforced, plan.workers, plan.seed)
             metrics[f"measured_{name}_saturation_per_s"] = saturations[name]
         return metrics
+
+
+def expected_s(plan: Plan) -> float:
+    """How long it takes at most, where no window is repeated for noise: the searches' windows are most of it, and a search mostly ends sooner."""
+    rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, plan.tries)
+    windows = rounds * (2 + len(plan.tuned)) + 2 + 2 * predicted
+    enclaves = rounds + 3 + predicted + 2 * plan.tries
+    return COSTS_S + windows * (plan.seconds + 0.5) + 3 * plan.probes * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
 
 
 def enforcement(told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) -> live_prediction.Enforcement:
@@ -309,21 +325,35 @@ def enforcement(told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) ->
 
 def decision_times(told: list[dict[str, Any]], seed: int) -> dict[str, float]:
     """p50, p99 and p999 of the three parts of a decision, ns, and of their sum, from the histograms that agent and host kept."""
+    reports = [each["report"] for each in told if each["report"]]
+    event, wakeup = (_counts(each[name] for each in reports) for name in ("event_ns", "wakeup_ns"))
     parts = {
-        "event": [each["report"]["event_ns"] for each in told if each["report"]],
-        "decide": [each["report"]["decide_ns"] for each in told if each["report"]],
-        "enforce": [each["counters"]["enforced_ns"] for each in told],
+        "event": event,
+        "decide": _counts(each["decide_ns"] for each in reports),
+        "enforce": _counts(each["counters"]["enforced_ns"] for each in told),
     }
-    random, total = np.random.default_rng(seed), np.zeros(DRAWN)
-    metrics: dict[str, float] = {}
-    for name, histograms in parts.items():
-        pairs = np.array([pair for histogram in histograms for pair in histogram], np.float64).reshape(-1, 2)
-        if not len(pairs):
-            return {}
-        drawn = random.choice(pairs[:, 0], DRAWN, p=pairs[:, 1] / pairs[:, 1].sum())
-        total += drawn
-        metrics |= {f"decision_{name}_{label}_ns": float(np.quantile(drawn, q)) for label, q in QUANTILES.items()}
-    return {f"decision_rtt_{label}_ns": float(np.quantile(total, q)) for label, q in QUANTILES.items()} | metrics
+    if not all(parts.values()):
+        return {}
+    more = {"event_same_core": wakeup, "event_other_core": event - wakeup}
+    random = np.random.default_rng(seed)
+    drawn = {name: _draw(counts, random) for name, counts in (parts | more).items() if counts}
+    drawn = {"rtt": np.sum([drawn[name] for name in parts], axis=0), **drawn}
+    return {f"decision_{name}_{label}_ns": float(np.quantile(times, q)) for name, times in drawn.items() for label, q in QUANTILES.items()}
+
+
+def _counts(histograms: Iterable[Iterable[tuple[int, int]]]) -> Counter[int]:
+    """Histograms as (lower edge in ns, count), together: the count by edge."""
+    total: Counter[int] = Counter()
+    for histogram in histograms:
+        for edge, count in histogram:
+            total[edge] += count
+    return total
+
+
+def _draw(counts: Counter[int], random: np.random.Generator) -> NDArray[np.float64]:
+    """DRAWN times that are distributed so."""
+    edges, weights = np.array(list(counts.items()), np.float64).T
+    return random.choice(edges, DRAWN, p=weights / weights.sum())
 
 
 def _hackbench_s(core: int) -> float:
@@ -343,7 +373,7 @@ def _hackbench_s(core: int) -> float:
 
 def medians(windows: list[Window]) -> Window:
     """Figure by figure."""
-    return Window(*(median(getattr(each, field.name) for each in windows) for field in fields(Window)))
+    return Window(*(median(getattr(each, figure.name) for each in windows) for figure in fields(Window)))
 
 
 def conclude(metrics: dict[str, Any], tuned: str) -> str:
@@ -357,5 +387,6 @@ def conclude(metrics: dict[str, Any], tuned: str) -> str:
     return line + (f"; other programs took {noise:.0%} of the host CPU: measure again on a quiet machine" if noise > NOISY_SHARE else "")
 
 
-def _tell(line: str) -> None:
-    talk(f"live: {line} ...")
+def _tell(plan: Plan, line: str) -> None:
+    minutes, seconds = divmod(round(time.monotonic() - plan.began_s), 60)
+    talk(f"live: {minutes}:{seconds:02} {line} ...")

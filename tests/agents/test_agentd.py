@@ -167,14 +167,16 @@ def test_a_full_ring_of_transactions_keeps_the_loop_from_taking_more_and_nothing
 
 
 def test_times_are_counted_where_they_are_wanted(loop):
-    event, decide = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
-    each = loop(event=event, decide=decide)
+    times = np.zeros((3, BINS), np.int64)
+    each = loop(times=times)
     told = state(5)
     each.host.send_messages(told)
     serve(each.row, 0, clock_ns() + 5_000_000)
     assert each.row["messages"][0] == len(told)
-    assert event.sum() == len(told) - 1, "a RESYNC is no event"
-    assert decide.sum() == 1
+    event, wakeup, decide = times.sum(axis=1)
+    assert event == len(told) - 1, "a RESYNC is no event"
+    assert wakeup == event - np.count_nonzero(told["cpu"] >= 0)
+    assert decide == 1
 
 
 def test_a_tape_that_is_full_stops_the_loop_until_it_is_emptied_and_replays_to_the_same_decisions(loop, tmp_path):

@@ -80,8 +80,10 @@ def test_quantiles_of_nothing_are_not_numbers() -> None:
 
 
 def test_a_decision_is_the_sum_of_its_parts() -> None:
-    told = [{"report": {"event_ns": [[1_000, 99], [9_000, 1]], "decide_ns": [[200, 5]]}, "counters": {"enforced_ns": [[4_000, 7]]}}]
+    report = {"event_ns": [[1_000, 99], [9_000, 1]], "wakeup_ns": [[9_000, 1]], "decide_ns": [[200, 5]]}
+    told = [{"report": report, "counters": {"enforced_ns": [[4_000, 7]]}}]
     times = live.decision_times(told, seed=1)
+    assert (times["decision_event_same_core_p50_ns"], times["decision_event_other_core_p999_ns"]) == (9_000, 1_000)
     assert (times["decision_event_p50_ns"], times["decision_decide_p50_ns"], times["decision_enforce_p99_ns"]) == (1_000, 200, 4_000)
     assert times["decision_rtt_p50_ns"] == 5_200 and times["decision_rtt_p999_ns"] == 13_200
     assert live.decision_times([{"report": None, "counters": {"enforced_ns": []}}], seed=1) == {}
