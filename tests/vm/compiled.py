@@ -1,8 +1,15 @@
-"""What agents in a guest run, compiled out here for no processor in particular: in there it would take minutes, and is found in the cache."""
+"""What agents and relays in a guest run, compiled out here for no processor in particular: in there it would take minutes, and is found in the cache."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+
+import numpy as np
+
+from waveos import sched
 from waveos.agents import agentd
+from waveos.link import open_link
 from waveos.policy import load_policy
 from waveos.sched.laws import make_runtime
 
@@ -13,3 +20,17 @@ for name in POLICIES:
     bound = load_policy(name).bind(n_cpus=1, params={})
     make_runtime(bound, cpus=1, threads=THREADS, ahead=1)
 agentd._compile()
+with tempfile.NamedTemporaryFile() as memory:
+    os.truncate(memory.name, 1 << 20)
+    for url in (f"bar://{memory.name}", f"shm://compiled-{os.getpid()}"):
+        with open_link(url, side="host") as host, open_link(url, side="agent") as agent:
+            for link in (host, agent):
+                link.check()
+            host.await_agent()
+            host.send_messages(np.zeros(1, sched.MESSAGE))
+            agent.poll_messages(wait_ns=1)
+            agent.txn_create()
+            agent.txns_commit()
+            host.poll_txns(wait_ns=1)
+            if hasattr(host, "room"):
+                host.room(n=1_000), host.heartbeat(), host.overflowed(1)

@@ -73,6 +73,7 @@ class Run:
         """Run what is left to tell. False if the guest itself failed, not a test in it, and something is still left."""
         from kernels import kernel
         from machine import run
+        from outside import joined_by_bar
 
         from waveos.errors import WaveError
 
@@ -85,7 +86,8 @@ class Run:
                 chosen = kernel(self.series)
                 _compile()
                 told = [f"--reports-to={file}", f"@{tests}"]
-                ended = run(chosen, [*command, *told], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED)
+                with joined_by_bar(any("bar" in test for test in left)) as device:
+                    ended = run(chosen, [*command, *told], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED, qemu=device)
             except WaveError as error:
                 pytest.exit(f"tests in guests: {error}", returncode=1)
             for test in left:

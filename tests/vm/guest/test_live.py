@@ -1,9 +1,10 @@
-"""hostd with mechanism `sched_ext`, agentd as a process of its own, and real programs in the enclave: they finish, whoever dies meanwhile."""
+"""hostd with mechanism `sched_ext`, agentd as a process of its own, or outside this machine, and real programs in the enclave: they finish, whoever dies."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 
 from waveos.cli import run
-from waveos.errors import WaveError
+from waveos.errors import LinkError, WaveError
 from waveos.host import doors, restore
 from waveos.host.sched import attributes
+from waveos.link import open_link
 
 STATE = Path("/sys/kernel/sched_ext/state")
 DEADLINE_S = 240.0  # a guest on a busy machine is slow; nothing here is a measurement
@@ -25,6 +27,7 @@ WAVE = [sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys
 PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
 NAP_US = "1"
 """The agent naps once it has nothing to do: QEMU gives the guest's CPUs turns of up to 100 ms, and who polls would sit its turns out."""
+IVSHMEM = ["0x1af4", "0x1110"]
 POLICIES = {"fifo": ["--policy", "fifo"], "shinjuku": ["--policy", "shinjuku", "--param", "quantum_us=20000"]}
 LOADS = (
     "hackbench --pipe --groups 1 --fds 3 --loops 200",
@@ -183,4 +186,55 @@ def test_a_silent_agent_gives_way_to_fifo_then_to_the_kernel_and_takes_over_agai
     assert world.finish(workers) == 0
     hostd.wait(DEADLINE_S)
     assert hostd.returncode == 0
+    nothing_is_left(world)
+
+
+@pytest.fixture
+def bar() -> str:
+    """The URL of the device whose memory an agent outside this machine has as well."""
+    found = [
+        folder
+        for folder in Path("/sys/bus/pci/devices").iterdir()
+        if [(folder / name).read_text().strip() for name in ("vendor", "device")] == IVSHMEM
+    ]
+    assert len(found) == 1, "tests/vm/outside.py gives the guest one such device"
+    url = f"bar://{found[0].name}"
+    with pytest.raises(LinkError, match="is not enabled, so its memory does not answer"):
+        open_link(url, side="host")
+    (found[0] / "enable").write_text("1")
+    assert (found[0] / "resource2_wc").exists()
+    return url
+
+
+def types_of(bar: str) -> set[str]:
+    """The kinds of memory that the kernel has given to pages of the device."""
+    begin, last = (
+        int(word, 16) for word in Path("/sys/bus/pci/devices", bar.removeprefix("bar://"), "resource").read_text().splitlines()[2].split()[:2]
+    )
+    debug = Path("/sys/kernel/debug")
+    if not (debug / "x86").exists():
+        subprocess.run(["mount", "-t", "debugfs", "none", str(debug)], check=True)
+    listed = re.findall(r"mem 0x([0-9a-f]+)-0x[0-9a-f]+\] (\S+)", (debug / "x86/pat_memtype_list").read_text())
+    return {kind for at, kind in listed if begin <= int(at, 16) <= last}
+
+
+@pytest.mark.slow
+def test_an_agent_outside_this_machine_schedules_its_threads_through_a_pci_bar(world, bar):
+    workers = world.workers()
+    hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
+    relay = world.start([*WAVE, "relay", world.name, bar])
+    status = world.rules()
+    assert attributes.read(workers.pid).policy == "EXT"
+    assert (status["policy"], status["report"]["far"]) == ("fifo", bar)
+    assert status["report"]["decisions"] >= status["counters"]["outcomes"]["committed"] > 20
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not any(b"agentd" in command for command in commands), "it is not in here"
+    assert {"write-combining", "uncached-minus"} <= types_of(bar), "each page has the type that was asked for"
+    relay.terminate()
+    assert relay.wait(DEADLINE_S) == 0
+    until(lambda: not world.status().get("agent"), "hostd knows that its agent is gone")
+    world.start([*WAVE, "relay", world.name, bar])
+    world.rules()
+    assert world.finish(workers) == 0
+    assert hostd.wait(DEADLINE_S) == 0
     nothing_is_left(world)
