@@ -30,6 +30,7 @@ WORKER = "import time\nwhile True:\n for _ in range(2_000): pass\n time.sleep(0.
 
 
 def do(*command: str | Path, check: bool = True) -> str:
+    print(f"{time.monotonic():.0f} s: {' '.join(map(str, command))}", flush=True)
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     if check and done.returncode:
         raise RuntimeError(f"{command}: {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -47,13 +48,15 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def shown(unit: str, *properties: str) -> list[str]:
-    out = do("systemctl", "show", unit, *(f"--property={each}" for each in properties))
+    out = subprocess.run(
+        ["systemctl", "show", unit, *(f"--property={each}" for each in properties)], capture_output=True, text=True, check=False
+    ).stdout
     told = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     return [told.get(each, "") for each in properties]
 
 
 def pid(unit: str) -> int:
-    return int(shown(unit, "MainPID")[0])
+    return int(shown(unit, "MainPID")[0] or 0)
 
 
 def status() -> dict[str, Any]:
@@ -97,7 +100,15 @@ def main() -> None:
     workers = [subprocess.Popen([sys.executable, "-S", "-c", WORKER]) for _ in range(2)]
     pids = [each.pid for each in workers]
     before = policies_of(pids)
-    settings = [f"pids = {pids}", 'cpus = "1"', 'policy = "fifo"', 'mechanism = "sched_ext"', "[hostd]", "cpu = 0"]
+    settings = [
+        f"pids = {pids}",
+        'cpus = "1"',
+        'policy = "fifo"',
+        'mechanism = "sched_ext"',
+        "[hostd]",
+        "cpu = 0",
+        "priority = 0",
+    ]  # real-time it would keep an emulated systemd from answering
     settings += ["[settings]", "silent_ms = 3000", "default_ms = 2000"]
     Path("/etc/wave/enclaves/web.toml").write_text("\n".join(settings) + "\n")
     Path("/etc/wave/agents/web.env").write_text("WAVE_AGENT_OPTIONS=--idle-us 1\n")
