@@ -44,7 +44,7 @@ STREAMS = 64
 """Streams of counters that are served at once."""
 MESSAGE_BYTES = 1 << 16
 """Requests are small; a larger one is refused by gRPC itself."""
-LOOK_S, GRACE_S = 0.5, 3.0
+LOOK_S, GRACE_S = 1.0, 10.0
 LINE_BYTES = 1 << 20
 
 
@@ -368,12 +368,25 @@ class Service:
         last_s = time.monotonic()
         while not stop.is_set():
             notify.alive()
-            if enclaves() or not self.orders.while_enclaves:
+            if not self.orders.while_enclaves or _somebody(time.monotonic() - last_s > GRACE_S / 2):
                 last_s = time.monotonic()
             elif time.monotonic() - last_s > GRACE_S:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_S)
+
+
+def _somebody(knock: bool) -> bool:
+    """Whether an enclave is there. With `knock` only one that answers counts: who was killed has left a socket. Without, the answer may wait: False."""
+    import socket
+
+    for name in enclaves() if knock else ():
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(LOOK_S)
+            with contextlib.suppress(TimeoutError, PermissionError):
+                line.connect(str(run_folder() / name / "control.sock"))
+            return True
+    return False
 
 
 def _service_user() -> privilege.Account | None:
