@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hostd is root's")
 FAKE = Path(__file__).parents[1] / "host" / "fake_hostd.py"
 HOSTD = ["-c", "import sys; from waveos.cli import run; sys.exit(run(['hostd', *sys.argv[1:]]))"]
 DEADLINE_S = 300.0
+STARVED_S = 60.0
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -49,7 +50,7 @@ def folder(tmp_path_factory, monkeypatch) -> Path:
 
 @contextlib.contextmanager
 def daemon(name: str, program: list[str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-P", *program, "--enclave", name, "--policy", "fifo", *arguments]
+    command = [sys.executable, "-P", *program, "--enclave", name, *arguments]
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
 
     def attached() -> bool:
@@ -72,7 +73,7 @@ def enclave(folder) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     name, core = f"see-{os.getpid()}", str(max(os.sched_getaffinity(0)))
     with subprocess.Popen(["sleep", "1000"]) as sleeper:
         try:
-            with daemon(name, [str(FAKE)], "--cpus", "0", "--pids", str(sleeper.pid), "--agent-core", core) as hostd:
+            with daemon(name, [str(FAKE)], "--policy", "fifo", "--cpus", "0", "--pids", str(sleeper.pid), "--agent-core", core) as hostd:
                 yield name, hostd
         finally:
             sleeper.kill()
@@ -126,18 +127,24 @@ def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto_and_recorded_for_a
         pytest.skip(why)
     cpus = sorted(os.sched_getaffinity(0))
     name, out = f"seen-{os.getpid()}", tmp_path / "trace.json"
-    arguments = ["--cpus", str(cpus[0]), "--mechanism", "priority", "--agent-core", str(cpus[1])]
+    # A policy that preempts: on a busy machine the kernel runs every thread before a late agent says so, and only a preemption still finds its thread there.
+    arguments = ["--policy", "shinjuku", "--param", "quantum_us=300"]
+    arguments += ["--cpus", str(cpus[0]), "--mechanism", "priority", "--agent-core", str(cpus[1])]
 
     def traced() -> list[dict[str, Any]] | None:
-        """A trace in which a decision took effect: on a machine that starves the agent not each has one."""
+        """A trace in which a thread was put on a CPU by a decision: on a machine that starves the agent not each has one."""
         assert run(["trace", name, "--live", "1s", "--out", str(out), "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["ended"] is None and told["messages"] > 0
         events: list[dict[str, Any]] = json.loads(out.read_text())["traceEvents"]
-        return events if any(event["name"].startswith("committed") for event in events) else None
+        return events if any(event["name"].startswith("committed") and event["name"] != "committed: -1" for event in events) else None
 
     with daemon(name, HOSTD, *arguments, "--", sys.executable, "-S", "-E", "-c", LOAD):
-        drawn = until(traced, "no decision took effect")
+        begin = time.monotonic()
+        while (drawn := traced()) is None:
+            assert time.monotonic() - begin < DEADLINE_S, "no decision took effect"
+            if time.monotonic() - begin > STARVED_S and (lost := source.status(name)["agents_lost"]) > STARVED_S:
+                pytest.skip(f"this machine is too busy: the agent was silent for 20 ms {lost} times in a minute")
         status = doors.ask(name, {"do": "status", "detail": True})
         assert run(["record", "--for", "1s", "--out", str(tmp_path / "kept.tape"), name]) == 0
     capsys.readouterr()
