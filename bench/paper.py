@@ -185,7 +185,8 @@ def _offload_rows(wanted: Sequence[Figure], values: Mapping[str, Any], data: Map
 def _row(figure: Figure, values: Mapping[Variation, float | None], data: Mapping[str, Any]) -> dict[str, Any]:
     told = data["published"].get(figure.name, {})
     found = [value for value in values.values() if value is not None]
-    widest = max(values, key=lambda each: abs((values[each] or 0.0) - values[AS_IT_IS]), default=AS_IT_IS) if found else AS_IT_IS
+    base = values.get(AS_IT_IS) or 0.0
+    widest = max(values, key=lambda each: abs((values[each] or base) - base), default=AS_IT_IS)
     return {
         "name": figure.name,
         "value": values.get(AS_IT_IS),
