@@ -13,16 +13,17 @@ although its runs are spread over the cores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from waveos import __version__
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.inputs import Inputs, mean_service_ns
 from waveos.ipu_emulator.job import KERNEL_POLICY, Ask, Configuration, Job
+from waveos.ipu_emulator.pool import SLICE_NS
 from waveos.names import nearest
 from waveos.scenario import MITIGATIONS, Goal, Scenario
 
@@ -48,10 +49,12 @@ class Saturation:
 
     def interval(self) -> tuple[float, float]:
         """95 %: Student's over the seeds, and never narrower than the resolution; of a single seed the resolution only."""
-        return _interval(self.per_seed, self.step / 2)
+        return interval_of(self.per_seed, self.step / 2)
 
 
 Search = Generator[list[Ask], list[Point], None]
+Wanted = TypeVar("Wanted", bound=Hashable)
+"""What names a run: an `Ask`, or what else `drive` is to make jobs of."""
 
 
 class Jobs(Protocol):
@@ -135,10 +138,10 @@ def loads(scenario: Scenario, inputs: Inputs) -> list[float]:
         return sorted(set(workload.loads_per_s))
     if workload.loads_share:
         capacity = capacity_per_s(scenario, inputs)
-        return sorted({_rounded(share * capacity) for share in workload.loads_share})
+        return sorted({rounded(share * capacity) for share in workload.loads_share})
     if inputs.arrivals is None:
         raise ConfigError("no load is given: write workload.loads_per_s = [20000, 40000] or loads_share = [0.2, 0.5, 0.8]")
-    return [_rounded((len(inputs.arrivals.time_ns) - 1) / (float(inputs.arrivals.time_ns[-1]) * 1e-9))]
+    return [rounded((len(inputs.arrivals.time_ns) - 1) / (float(inputs.arrivals.time_ns[-1]) * 1e-9))]
 
 
 def limits_us(goal: Goal, mean_ns: float) -> dict[str, float]:
@@ -196,17 +199,17 @@ def find_saturation(
     step = 0.15
     for seed in seeds:
         if seed != seeds[0]:
-            guess, step = _rounded(max(found.value, floor)), 2 * resolution_share
+            guess, step = rounded(max(found.value, floor)), 2 * resolution_share
             low, high = (guess, math.inf) if (yield from fits(guess, seed)) else (0.0, guess)
         while math.isinf(high):
-            trial = _rounded(low * (1 + step))
+            trial = rounded(low * (1 + step))
             low, high = (trial, high) if (yield from fits(trial, seed)) else (low, trial)
             step *= 2
         while low == 0 and high > floor:
-            trial = _rounded(high * max(0.5, 1 - step))
+            trial = rounded(high * max(0.5, 1 - step))
             low, high = (trial, high) if (yield from fits(trial, seed)) else (low, trial)
             step *= 2
-        while low > 0 and high - low > resolution_share * high and low < (middle_load := _rounded((low + high) / 2)) < high:
+        while low > 0 and high - low > resolution_share * high and low < (middle_load := rounded((low + high) / 2)) < high:
             low, high = (middle_load, high) if (yield from fits(middle_load, seed)) else (low, middle_load)
         found.per_seed.append((low + high) / 2 if low else 0.0)
         found.step = max(found.step, high - low)
@@ -214,21 +217,21 @@ def find_saturation(
 
 def drive(
     pool: Jobs,
-    searches: Iterable[Search],
-    measure: Callable[[Ask], Any],
-    keep: Callable[[Ask, Any], Point],
-    progress: Callable[[int, int, Ask], None],
-    known: dict[Ask, Point],
+    searches: Iterable[Generator[list[Wanted], list[Point], None]],
+    measure: Callable[[Wanted], Any],
+    keep: Callable[[Wanted, Any], Point],
+    progress: Callable[[int, int, Wanted], None],
+    known: dict[Wanted, Point],
 ) -> None:
     """Run searches side by side until all have ended. `measure` makes the pool's job, `keep` stores a result and makes its point.
 
     A run that is in `known` is answered from there, and new ones are added.
     """
-    askers: dict[int, tuple[Search, list[Ask]]] = {}  # by id of the search's list of asks
-    jobs: dict[int, Ask] = {}
-    wanting: dict[Ask, list[int]] = {}
+    askers: dict[int, tuple[Generator[list[Wanted], list[Point], None], list[Wanted]]] = {}  # by id of the search's list of asks
+    jobs: dict[int, Wanted] = {}
+    wanting: dict[Wanted, list[int]] = {}
 
-    def advance(search: Search, answers: list[Point] | None) -> None:
+    def advance(search: Generator[list[Wanted], list[Point], None], answers: list[Point] | None) -> None:
         while True:
             try:
                 asks = next(search) if answers is None else search.send(answers)
@@ -297,11 +300,12 @@ class Comparison:
         """The first is the scenario's; saturation is searched with all of them."""
         return [self.scenario.run.seed + number for number in range(self.scenario.run.replications)]
 
-    def searches(self, *, saturation: bool = True, ablation: str = "") -> list[Search]:
-        """What has to run. `ablation` names the policy whose mitigations are taken away; empty: none."""
+    def searches(self, *, saturation: bool = True, ablation: str = "", scan_loads: bool = True) -> list[Search]:
+        """What has to run. `ablation` names the policy whose mitigations are taken away; empty: none. `scan_loads`: each of the scenario's loads."""
         found = []
         for configuration in self.configurations:
-            found.append(scan(configuration, self.grid, self.seeds[0]))
+            if scan_loads:
+                found.append(scan(configuration, self.grid, self.seeds[0]))
             if saturation:
                 found.append(self._saturation(configuration))
         if ablation:
@@ -325,6 +329,21 @@ class Comparison:
         except KeyboardInterrupt:
             self.interrupted = True
             raise
+
+    def steps(self, searches: Iterable[Search], open_run: Callable[[Job], Any]) -> Iterator[None]:
+        """Run the searches one after the other in this process, each run as `open_run` makes it; yields after each slice of a run."""
+        for search in searches:
+            answers: list[Point] | None = None
+            while (asks := next(search, None) if answers is None else _send(search, answers)) is not None:
+                for ask in asks:
+                    if ask not in self._known:
+                        run = open_run(Job(self.scenario, self.inputs, ask))
+                        while not run.advance(SLICE_NS):
+                            yield
+                        self._known[ask] = self._keep(ask, run.result())
+                        self.runs += 1
+                        yield
+                answers = [self._known[ask] for ask in asks]
 
     def trace(self, pool: Jobs, configuration: Configuration, load_per_s: float, from_ms: float, for_ms: float) -> Any:
         """The events of one run of the first seed, from `from_ms` of virtual time on (`waveos.trace.TRACE_EVENT`)."""
@@ -369,7 +388,7 @@ class Comparison:
 
     def _unloaded(self, configuration: Configuration) -> Search:
         """The cost of one decision where requests do not meet each other: runnable until its switch is done."""
-        load = _rounded(UNLOADED_SHARE * capacity_per_s(self.scenario, self.inputs))
+        load = rounded(UNLOADED_SHARE * capacity_per_s(self.scenario, self.inputs))
         [point] = yield [Ask(configuration, load, self.seeds[0])]
         if (decided_us := point["ready_to_running_p50_us"]) is not None:
             self._unloaded_ns[configuration.mitigations] = 1000 * decided_us
@@ -419,7 +438,7 @@ class Comparison:
             if pairs:
                 shares = [1 - our / their for our, their in pairs]
                 step = (ours.step / 2 + theirs.step / 2) / fmean(their for _, their in pairs)
-                costs[other.column] = list(_interval(shares, step)) if interval else fmean(shares)
+                costs[other.column] = list(interval_of(shares, step)) if interval else fmean(shares)
         return costs
 
     def _ablation(self) -> Iterator[dict[str, Any]]:
@@ -444,12 +463,20 @@ class Comparison:
         return notes
 
 
-def _rounded(load: float) -> float:
+def _send(search: Search, answers: list[Point]) -> list[Ask] | None:
+    """What the search asks for next, None when it has ended."""
+    try:
+        return search.send(answers)
+    except StopIteration:
+        return None
+
+
+def rounded(load: float) -> float:
     """Loads to five significant digits, so that tables and repeated searches meet the same numbers."""
     return float(f"{load:.5g}")
 
 
-def _interval(values: Sequence[float], least: float) -> tuple[float, float]:
+def interval_of(values: Sequence[float], least: float) -> tuple[float, float]:
     """Student's 95 % interval of the mean, at least `least` to each side."""
     middle = fmean(values)
     reach = 0.0

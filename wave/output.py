@@ -65,7 +65,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith((str(target), str(target.parent / f".{target.name[:100]}."))):
             raise  # some other file, that the block was reading
-        raise ConfigError(_explain(path, error)) from error
+        raise ConfigError(explain_failure(path, error)) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -77,11 +77,12 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(_explain(path, error)) from error
+        raise ConfigError(explain_failure(path, error)) from error
     return Path(path)
 
 
-def _explain(path: str | os.PathLike[str], error: OSError) -> str:
+def explain_failure(path: str | os.PathLike[str], error: OSError) -> str:
+    """One line on a file that could not be written: what happened, and what to do."""
     reason = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0, "name another file")
     return f"cannot write {os.fspath(path)}: {reason[:1].lower() + reason[1:]}; nothing was written there; {advice}"

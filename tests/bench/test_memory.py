@@ -192,7 +192,7 @@ def test_the_plan_of_a_scenario_is_what_it_says():
         (["run", "memory-live", "--policy", "soll"], "no memory policy 'soll' (did you mean 'sol'?)"),
         (["run", "memory-live", "--trace", "t.json"], "--trace"),
         (["compare", "memory-live", "--saturation"], "--saturation"),
-        (["sweep", "memory-live", "--over", "memory.gib=1,2"], "a sweep is of the virtual world"),
+        (["sweep", "memory-live", "--grid", "memory.gib=1,2"], "a sweep is of the virtual world"),
     ],
 )
 def test_what_the_local_world_does_not_have_is_refused(machine, arguments, told):

@@ -92,7 +92,7 @@ def test_the_nearest_command_is_named(capsys):
 def test_help_names_every_command_and_every_exit_code(capsys):
     assert run(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for command in ("run", "compare", "sweep", "trace", "report", "config", "policies", "new", "bench", "calibrate", "doctor", "demo"):
+    for command in ("run", "compare", "sweep", "plan", "trace", "report", "config", "policies", "new", "bench", "calibrate", "doctor", "demo"):
         assert f" {command} " in text
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text

@@ -1,4 +1,4 @@
-"""`wave run|compare|sweep|trace|report|config`, as typed: what is on stdout, what is kept, what the exit code says."""
+"""`wave run|compare|trace|report|config`, as typed: what is on stdout, what is kept, what the exit code says."""
 
 import json
 import os
@@ -117,14 +117,6 @@ def test_compare_prints_a_table(folder):
     assert all(word in shown for word in ("fifo", "shinjuku", "offload", "on-host", "kernel", "assumed"))
 
 
-def test_sweep_runs_every_combination(folder):
-    done = wave(folder, "sweep", "small.toml", "--over", "host.workers=2,4", "--over", "run.seed=1,2", "--policy", "fifo", "--loads", "20k", "--json")
-    results = json.loads(done.stdout)
-    assert [row["set"] for row in results["results"]] == [{"host.workers": w, "run.seed": s} for w in (2, 4) for s in (1, 2)]
-    assert {row["configs"][0]["workers"] for row in results["results"]} == {2, 4}
-    assert "fifo/offload" in wave(folder, "sweep", "small.toml", "--over", "host.workers=2,4", "--policy", "fifo", "--loads", "20k").stdout
-
-
 def test_trace_writes_a_window_for_perfetto(folder):
     told = json.loads(wave(folder, "trace", "small.toml", "--out", "t.json", "--from-ms", "5", "--for-ms", "1", "--json").stdout)
     assert told["events"] > 50
@@ -153,8 +145,6 @@ def test_config_show_tells_values_and_origin(folder):
         (["run", "small.toml", "--set", "link.profile=mount-everest"], "no link profile 'mount-everest' (did you mean 'mount-evans'?)"),
         (["run", "small.toml", "--set", "workload.classes.GET.service={samples=\"rocks:get\"}"], 'samples = "rocks:get": nothing of that name can be measured'),
         (["run", "small.toml", "--out", "no/where.json"], "cannot write no/where.json: there is no folder"),
-        (["sweep", "small.toml", "--over", "host.workers"], "--over host.workers: wants a key and its values"),
-        (["sweep", "small.toml", "--over", "host.workers=0,4"], "--over: host.workers: workers = 0: wants"),
         (["trace", "small.toml", "--from-ms", "900"], "the window begins at 900 ms, but the run ends at 22"),
         (["report", "gone.json"], "cannot read gone.json"),
         (["report", "small.toml"], "small.toml is no results file"),
@@ -196,8 +186,8 @@ def wait_for(condition, deadline_s=60.0):
     return found
 
 
-def test_ctrl_c_in_a_sweep_keeps_what_was_measured(folder):
-    arguments = ["sweep", "small.toml", "--over", "run.seed=1,2,3,4,5,6,7,8,9", "--set", "run.replications=50", "--json"]
+def test_ctrl_c_keeps_what_was_measured(folder):
+    arguments = ["compare", "small.toml", "--set", "run.replications=100", "--set", "run.duration_ms=200", "--json"]
     with (folder / "talk").open("w") as talk, (folder / "data").open("w") as data:
         process = subprocess.Popen([*WAVE, *arguments], cwd=folder, stdout=data, stderr=talk)
         wait_for(lambda: "runs done" in (folder / "talk").read_text() or process.poll() is not None)
@@ -205,7 +195,7 @@ def test_ctrl_c_in_a_sweep_keeps_what_was_measured(folder):
         assert process.wait(timeout=30) == 130
     results = json.loads((folder / "data").read_text())
     assert results["interrupted"]
-    assert sum(len(config["points"]) for row in results["results"] for config in row["configs"]) > 0
+    assert sum(len(config["points"]) for config in results["configs"]) > 0
     assert json.loads((folder / "small-stopped.json").read_text()) == results
     assert "kept in small-stopped.json" in (folder / "talk").read_text()
     assert not list(Path("/dev/shm").glob("wave-beat*"))

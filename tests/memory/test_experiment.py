@@ -121,7 +121,8 @@ def test_the_commands_run_it_and_keep_its_results(tmp_path):
     [
         ["compare", "memory", "--no-saturation"],
         ["run", "memory", "--trace", "t.json"],
-        ["sweep", "memory", "--over", "memory.gib=1,2"],
+        ["sweep", "memory", "--grid", "memory.gib=1,2", "--loads", "20k"],
+        ["plan", "memory"],
         ["trace", "memory"],
     ],
 )

@@ -15,6 +15,8 @@ from waveos.cli import EXIT_CODES
 
 MODULES = (
     "experiment",
+    "sweep",
+    "plan",
     "policies",
     "bench",
     "calibrate",

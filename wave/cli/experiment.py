@@ -1,4 +1,4 @@
-"""`wave run|compare|sweep|trace|report|config`: from a scenario to a table, a results file, a report or a trace.
+"""`wave run|compare|trace|report|config`: from a scenario to a table, a results file, a report or a trace.
 
 The model and its processes are loaded by name when a command runs: `wave --help` needs none of them. What a command measured is kept when Ctrl-C
 stops it: it is printed and written as far as it got, and the exit code is 130.
@@ -6,7 +6,6 @@ stops it: it is printed and written as far as it got, and the exit code is 130.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from waveos.cli.live_trace import trace_live
-from waveos.cli.results import check_outputs, give_results, keep_results, print_sweep, read_results, write_report
-from waveos.cli.running import find_local, measure, only_in, open_pool, prepare, run_local, run_subsystem, single_run, trace_subsystem, write_trace
+from waveos.cli.results import check_outputs, give_results, read_results, write_report
+from waveos.cli.running import find_local, measure, open_pool, prepare, run_local, run_subsystem, single_run, trace_subsystem, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest
@@ -58,7 +57,7 @@ def run(
     as_json: Json = False,
 ) -> int | None:
     """One policy, in one place, under one load."""
-    scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
+    scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
     check_outputs(out, trace)
     if world == "local":
         module = find_local(scenario)
@@ -104,7 +103,7 @@ def compare(
     as_json: Json = False,
 ) -> int | None:
     """The kernel's own policy, and each policy with its agent on the host and on the IPU: what offload costs and saves."""
-    scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
+    scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
     check_outputs(out, report)
     if world == "local":
         module = find_local(scenario)
@@ -123,59 +122,6 @@ def compare(
         comparison = prepare(scenario, pool)
         code = measure(comparison, pool, saturation=search, ablation=search if ablation is None else ablation)
     give_results(comparison.results(), out, report, as_json, stopped=code)
-    return code
-
-
-@commands.command("sweep")
-def sweep(
-    scenario_name: ScenarioName,
-    over: Annotated[
-        list[str], typer.Option(help="A key and its values, as --over host.workers=4,8. Given again: every combination.", metavar="KEY=V1,V2")
-    ],
-    policies: PolicyNames = None,
-    placement: Annotated[str, typer.Option(help="kernel, on-host, offload, or all.")] = "offload",
-    loads: Loads = None,
-    world: World = "virtual",
-    seed: Seed = None,
-    settings: Settings = None,
-    processes: Processes = None,
-    out: Out = None,
-    as_json: Json = False,
-) -> int | None:
-    """Saturation, or the given loads, for every combination of the values of some keys."""
-    if world == "local":
-        raise ConfigError("--world local: a sweep is of the virtual world; wave run SCENARIO --world local --set KEY=VALUE, once for each")
-    combinations = [_combine(each) for each in itertools.product(*(_over(each) for each in over))]
-    scenarios = [
-        (
-            values,
-            _load(
-                scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world, extra=[(k, v, "--over") for k, v in values.items()]
-            ),
-        )
-        for values in combinations
-    ]
-    check_outputs(out)
-    if scenarios[0][1].subsystem != "sched":
-        raise ConfigError(
-            f"wave sweep is for scenarios of sched so far; {scenario_name} is one of {scenarios[0][1].subsystem}: use wave compare --set KEY=VALUE"
-        )
-    rows: list[dict[str, Any]] = []
-    code: int | None = None
-    with open_pool(processes) as pool:
-        for number, (values, scenario) in enumerate(scenarios, 1):
-            comparison = prepare(scenario, pool, only=only_in(placement))
-            label = f"{number} of {len(scenarios)}: {', '.join(f'{key}={value}' for key, value in values.items())}: "
-            code = measure(comparison, pool, saturation=loads is None, label=label)
-            rows.append({"set": values, **comparison.results()})
-            if code is not None:
-                break
-    results = {"name": scenarios[0][1].name, "over": [each.partition("=")[0] for each in over], "interrupted": code is not None, "results": rows}
-    keep_results(results, out, stopped=code)
-    if as_json:
-        print_json(results)
-    else:
-        print_sweep(rows)
     return code
 
 
@@ -205,7 +151,7 @@ def trace(
         return trace_live(scenario_name, live, out, as_json)
     if scenario_name is None:
         raise ConfigError("name a scenario (wave config list), or trace an enclave of this machine: wave trace --live 5s")
-    scenario = _load(scenario_name, settings, seed=seed, policies=policies, loads=load)
+    scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=load)
     check_outputs(out)
     if scenario.subsystem != "sched":
         events = trace_subsystem(scenario, placement, None if load is None else _parse_load(load), from_ms, for_ms, out)
@@ -222,7 +168,7 @@ def trace(
 
 @commands.command("report")
 def report(
-    results_path: Annotated[Path, typer.Argument(help="A results file, as written by --out.", metavar="RESULTS.json")],
+    results_path: Annotated[Path, typer.Argument(help="A results file, as written by --out: JSON, or Parquet of a sweep.", metavar="RESULTS")],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
@@ -245,7 +191,7 @@ def show_config(
     """All values of a scenario, those that it leaves out too."""
     from waveos.scenario import flatten
 
-    scenario = _load(scenario_name, settings)
+    scenario = load_scenario_of(scenario_name, settings)
     values, origin = scenario.model_dump(exclude_none=True), scenario.origin
     if as_json:
         print_json({"scenario": values, "origin": {key: origin[key] for key, _ in flatten(values)}} if with_origin else values)
@@ -272,7 +218,7 @@ def list_scenarios(as_json: Json = False) -> None:
 # ── from flags to a scenario ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _load(
+def load_scenario_of(
     name: str,
     settings: Sequence[str] | None,
     *,
@@ -315,22 +261,3 @@ def _parse_load(text: str) -> float:
     if not 0 < load < 1e12:
         raise ConfigError(f"load {text.strip()!r}: wants requests per second above 0, as 40000 or 40k; several with commas between them")
     return load
-
-
-def _over(text: str) -> list[tuple[str, Any]]:
-    """`key=v1,v2` as pairs. A key that holds a list gets each value as a list of one."""
-    from waveos.scenario import parse_value
-
-    key, found, values = text.partition("=")
-    if not found or not key or not values:
-        raise ConfigError(f"--over {text}: wants a key and its values, as --over host.workers=4,8")
-    parsed = parse_value(f"[{values}]") if not values.startswith("[") else parse_value(values)
-    parsed = [parse_value(each) for each in values.split(",")] if isinstance(parsed, str) else parsed
-    if not isinstance(parsed, list) or not parsed:
-        raise ConfigError(f"--over {text}: wants a key and its values, as --over host.workers=4,8")
-    is_list = key.rpartition(".")[2] in ("names", "mitigations", "loads_per_s", "loads_share")
-    return [(key, [value] if is_list and not isinstance(value, list) else value) for value in parsed]
-
-
-def _combine(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    return dict(pairs)

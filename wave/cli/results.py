@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,13 @@ def give_results(results: Mapping[str, Any], out: Path | None, report: Path | No
 
 def write_report(results: Mapping[str, Any], path: Path) -> None:
     """One self-contained HTML page, as the results' subsystem draws it."""
-    page = "html" if results.get("subsystem", "sched") == "sched" else results["subsystem"]
+    page = results.get("kind") or ("html" if results.get("subsystem", "sched") == "sched" else results["subsystem"])
     import_module("waveos.output").write_file(path, import_module(f"waveos.report.{page}").render_report(results))
 
 
 def keep_results(results: Mapping[str, Any], out: Path | None, *, stopped: int | None) -> None:
     """Write the results file; after Ctrl-C also where none was asked for, so that nothing measured is lost."""
-    measured = bool(results.get("configs") or any(each["configs"] for each in results.get("results", [])))
-    if out is None and stopped is not None and measured:
+    if out is None and stopped is not None and results.get("configs"):
         out = Path(f"{results['name']}-stopped.json")
     if out is not None:
         import_module("waveos.output").write_file(out, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=_as_number) + "\n")
@@ -61,32 +60,13 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def read_results(path: Path) -> Any:
+    """What a results file holds, of a command or of a sweep. Raises ConfigError for one that is none, or cut off."""
+    if path.suffix == ".parquet":
+        rows, about = import_module("waveos.parquet").read_parquet(path)
+        return {**about, "rows": rows}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; wants a results file as `wave compare SCENARIO --out {path}` writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no results file ({error}); is it cut off? `wave compare SCENARIO --out {path}` writes one") from None
-
-
-def print_sweep(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a combination and configuration: saturation where it was searched, else the latencies at each load."""
-    keys = list(rows[0]["set"]) if rows else []
-    lines = []
-    for row in rows:
-        for each in row["configs"]:
-            named = [json.dumps(row["set"][key]).strip('"') for key in keys] + [each["id"]]
-            if each["saturation_per_s"] is not None:
-                lines.append(
-                    [*named, f"{each['saturation_per_s']:,.0f}", f"{each['saturation_low_per_s']:,.0f}..{each['saturation_high_per_s']:,.0f}", ""]
-                )
-            else:
-                lines += [[*named, f"{point['load_per_s']:,.0f}", "", _latencies(point)] for point in each["points"]]
-    searched = any(each["saturation_per_s"] is not None for row in rows for each in row["configs"])
-    names = [*keys, "configuration", "saturation/s" if searched else "load/s", "95 %" if searched else "", "" if searched else "p50/p99/p99.9 us"]
-    kept = [index for index, name in enumerate(names) if name]
-    print_table([names[index] for index in kept], [[line[index] for index in kept] for line in lines], numbers=[names[len(keys) + 1]])
-
-
-def _latencies(point: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name} {of['p50_us']:.1f}/{of['p99_us']:.1f}/{of['p999_us']:.1f}" for name, of in point["classes"].items() if of["count"])

@@ -57,7 +57,7 @@ def run_subsystem(scenario: Any, placement: str = "all") -> tuple[Any, int | Non
     places = experiment.PLACEMENTS
     if placement not in (*places, "all"):
         raise ConfigError(f"--placement {placement}: no such place{nearest(placement, places)}; there are {', '.join(places)}")
-    with _show_progress("", "") as progress:
+    with show_progress("", "") as progress:
         results = experiment.compare(scenario, places if placement == "all" else (placement,), progress)
     results["machine"] = import_module("waveos.bench.machine").describe_machine()
     return results, INTERRUPTED if results["interrupted"] else None
@@ -82,7 +82,7 @@ def run_local(module: Any, scenario: Any, placement: str = "all") -> tuple[Any, 
     """As `run_subsystem`, by a module that `find_local` has found."""
     if placement not in (*module.PLACEMENTS, "all"):
         raise ConfigError(f"--placement {placement}: in the local world the policy is in agentd, always: leave it out")
-    with _show_progress("", "") as progress:
+    with show_progress("", "") as progress:
         results = module.compare(scenario, progress, talk)
     results["machine"] = import_module("waveos.bench.machine").describe_machine()
     return results, INTERRUPTED if results["interrupted"] else None
@@ -184,7 +184,7 @@ def measure(comparison: Any, pool: Any, *, saturation: bool, ablation: bool = Fa
     scenario = comparison.scenario
     ablated = (scenario.policies.ablation or scenario.policies.names[-1]) if ablation else ""
     try:
-        with _show_progress(label) as progress:
+        with show_progress(label) as progress:
             comparison.run(pool, comparison.searches(saturation=saturation, ablation=ablated), progress)
     except KeyboardInterrupt:
         pool.close()
@@ -193,7 +193,7 @@ def measure(comparison: Any, pool: Any, *, saturation: bool, ablation: bool = Fa
 
 
 @contextlib.contextmanager
-def _show_progress(label: str, compiling: str = _COMPILING) -> Iterator[Callable[[int, int, str], None]]:
+def show_progress(label: str, compiling: str = _COMPILING) -> Iterator[Callable[[int, int, str], None]]:
     """A bar where stderr is a terminal, else a line now and then; `compiling` is said while nothing is done yet."""
     if sys.stderr.isatty():
         from rich.console import Console
