@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup bpf demo test chaos test-vm lint docs evaluation clean install-units install-units-host install-units-dpu uninstall-units
+.PHONY: help setup bpf demo test chaos test-vm lint docs evaluation validation clean install-units install-units-host install-units-dpu uninstall-units
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
@@ -62,6 +62,9 @@ uninstall-units: ## take it away again
 
 evaluation: setup ## the paper's figures beside this software's: docs/evaluation.md and out/evaluation.html (some 20 minutes)
 	@$(BIN)/wave bench paper --markdown docs/evaluation.md --page out/evaluation.html
+
+validation: setup ## the models against theory and this machine: docs/validation.md (some 40 minutes, root, a quiet machine)
+	@$(BIN)/python -P docs/validate.py $(VALIDATE)
 
 clean: ## everything that was made, .venv too
 	@rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
