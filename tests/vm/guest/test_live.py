@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from waveos import sched
 from waveos.cli import run
 from waveos.errors import LinkError, WaveError
 from waveos.host import doors, restore
 from waveos.host.sched import attributes
 from waveos.link import open_link
+from waveos.record import VERSION
+from waveos.sched import Decision, Message
 
 STATE = Path("/sys/kernel/sched_ext/state")
 DEADLINE_S = 240.0  # a guest on a busy machine is slow; nothing here is a measurement
@@ -219,22 +223,15 @@ def types_of(bar: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_an_agent_outside_this_machine_schedules_its_threads_through_a_pci_bar(world, bar):
-    workers = world.workers()
-    hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
-    relay = world.start([*WAVE, "relay", world.name, bar])
-    status = world.rules()
-    assert attributes.read(workers.pid).policy == "EXT"
-    assert (status["policy"], status["report"]["far"]) == ("fifo", bar)
-    assert status["report"]["decisions"] >= status["counters"]["outcomes"]["committed"] > 20
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not any(b"agentd" in command for command in commands), "it is not in here"
-    assert {"write-combining", "uncached-minus"} <= types_of(bar), "each page has the type that was asked for"
-    relay.terminate()
-    assert relay.wait(DEADLINE_S) == 0
-    until(lambda: not world.status().get("agent"), "hostd knows that its agent is gone")
-    world.start([*WAVE, "relay", world.name, bar])
-    world.rules()
-    assert world.finish(workers) == 0
-    assert hostd.wait(DEADLINE_S) == 0
-    nothing_is_left(world)
+def test_an_agent_outside_this_machine_decides_on_what_it_is_told_through_a_pci_bar(bar):
+    told = np.zeros(4, sched.MESSAGE)
+    told["version"], told["subsystem"], told["seq"] = VERSION, sched.SUBSYSTEM, 1
+    told["type"] = Message.CPU_NEW, Message.CPU_IDLE, Message.THREAD_NEW, Message.THREAD_RUNNABLE
+    told["tid"], told["cpu"] = [-1, -1, 3, 3], [0, 0, -1, -1]
+    with open_link(bar, side="host", silence_s=DEADLINE_S) as host:
+        host.await_agent(DEADLINE_S)
+        assert host.policy == "fifo"
+        assert types_of(bar) >= {"write-combining", "uncached-minus"}, "each page has the type that was asked for"
+        assert host.send_messages(told) == 4
+        decided = host.poll_txns(wait_ns=round(DEADLINE_S * 1e9))
+        assert [(int(each["type"]), int(each["tid"]), int(each["cpu"])) for each in decided] == [(Decision.RUN, 3, 0)]
