@@ -23,6 +23,8 @@ MODULES = (
     "doctor",
     "hostd",
     "admin",
+    "metrics",
+    "top",
     "agentd",
     "restore",
     "limits",

@@ -72,7 +72,3 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise ConfigError(f"--pids {text!r}: write numbers of processes with commas between, as in 12,13") from None
-
-
-for _module in ("metrics", "top"):  # what is to be seen of the daemons
-    commands.add_typer(import_module(f"waveos.cli.{_module}").commands)
