@@ -137,12 +137,11 @@ _HEAD = """# Validation
 Where the models were held against theory and against this machine, with the noise, and where they were not. A ratio is predicted over measured.
 """
 
-_TAIL = """## Ordering, protocol, Arm
+_TAIL = """## Ordering and protocol
 
 - The rings run on a strict memory model that reorders and withholds as hardware may (`tests/ring`): leaving out any one flush, fence or invalidate makes a
   test fail. Guests ignore memory types, so the link `bar` in a guest shows behaviour and proves no ordering.
 - The protocol of queues and transactions is model-checked by spin, with crashes, restarts and loss (`tests/protocol`).
-- Arm: `make test-arm` runs the contract's, the rings' and the agent's tests on aarch64 under qemu-user; see [Deploy](deploy.md).
 
 ## What is not validated
 
@@ -150,6 +149,7 @@ _TAIL = """## Ordering, protocol, Arm
 - The VM model: no virtual machine was run. Turbo bins and sleep states are published, what they do to guests is assumed.
 - The serving model beyond the figures of its sources: no GPU was measured.
 - `sched_ext` speeds: it was run in emulated guests alone, whose times mean nothing.
+- Arm: the records are little-endian and the rings have Arm's barriers, but nothing was run there.
 - More than two cores, more than one NUMA node, and real network cards.
 """
 
