@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waveos.cli.probe import _parse_length
+from waveos.cli.probe import parse_length
 from waveos.errors import ConfigError
 from waveos.host.probes.histogram import doublings_us, lowest_us, percentile_us
 from waveos.host.probes.probe import Probe, first_error
@@ -112,13 +112,13 @@ def test_what_is_no_number_is_said_with_its_flag(text):
 
 @pytest.mark.parametrize(("text", "seconds"), [("5s", 5.0), ("500ms", 0.5), ("2m", 120.0), ("0.25", 0.25), (" 1 s ", 1.0)])
 def test_a_time_has_a_unit_or_is_seconds(text, seconds):
-    assert _parse_length(text) == pytest.approx(seconds)
+    assert parse_length(text) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0ms", "-1", "5h", "s", "1e3", "inf", "90000"])
 def test_a_time_that_is_none_is_refused(text):
     with pytest.raises(ConfigError, match="for example 500ms"):
-        _parse_length(text)
+        parse_length(text)
 
 
 def test_the_filter_is_compiled_in_and_absent_where_all_is_meant():
