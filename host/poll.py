@@ -9,8 +9,11 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable
 
+REST = 3
+"""After a tick comes a rest of so many times its length: on a slow machine, an emulated one say, ticks come less often."""
 _CLOCK_MONOTONIC = 1
 _TIMERSPEC = struct.Struct("=qqqq")  # interval and first expiry, each in s and ns
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -38,7 +41,7 @@ class Poll:
                 self._epoll.unregister(fd)
 
     def every(self, period_ms: float, call: Callable[[], None]) -> None:
-        """A tick; ticks that were missed are one."""
+        """A tick; ticks that were missed are one, and one that takes long is followed by a rest, so that who runs above all others leaves them their CPU."""
         self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
         if self._timer < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
@@ -46,10 +49,16 @@ class Poll:
         if _libc.timerfd_settime(self._timer, 0, _TIMERSPEC.pack(*period, *period), None):
             raise OSError(ctypes.get_errno(), "timerfd_settime")
 
+        rest_until_ns = 0
+
         def tick() -> None:
+            nonlocal rest_until_ns
             with contextlib.suppress(BlockingIOError):
                 os.read(self._timer, 8)
-            call()
+            if (begin_ns := time.monotonic_ns()) >= rest_until_ns:
+                call()
+                end_ns = time.monotonic_ns()
+                rest_until_ns = end_ns + REST * (end_ns - begin_ns)
 
         self.add(self._timer, tick)
 
