@@ -28,6 +28,7 @@ from waveos.sched import Decision, Message
 STATE = Path("/sys/kernel/sched_ext/state")
 DEADLINE_S = 480.0  # a guest on a busy machine is slow; nothing here is a measurement
 WAVE = [sys.executable, "-P", "-c", "import sys; from waveos.cli import run; sys.exit(run(sys.argv[1:]))"]
+SLOW_S = 8
 PATIENT = ["--setting", "silent_ms=3000", "--setting", "default_ms=2000"]
 NAP_US = "1"
 """The agent naps once it has nothing to do: QEMU gives the guest's CPUs turns of up to 100 ms, and who polls would sit its turns out."""
@@ -116,8 +117,19 @@ class World:
             process.wait()
 
 
+@pytest.fixture(scope="module")
+def quick() -> None:
+    """Skips where an agent would take more than DEADLINE_S to come up: its start is some ten times what the compiler's import takes."""
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import numba"], check=True)
+    if (took_s := time.monotonic() - begin) > SLOW_S:
+        pytest.skip(
+            f"this machine emulates a processor too slowly for a live agent: importing numba took {took_s:.0f} s in the guest, {SLOW_S} may be"
+        )
+
+
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     folder = tmp_path / "run"
     folder.mkdir()
     monkeypatch.setenv("WAVE_RUN", str(folder))
