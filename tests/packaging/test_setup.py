@@ -48,7 +48,7 @@ def installs(checkout):
 def test_it_installs_once_strictly_editable_with_all_extras_and_then_keeps_quiet(checkout):
     (line,) = installs(checkout)
     assert "editable_mode=strict" in line
-    assert line.endswith("-e .[dev,bench,host,serving]")
+    assert line.endswith("-e .[dev,bench,host,serving,sweep]")
     assert installs(checkout) == []
 
 
@@ -75,7 +75,7 @@ def test_an_object_of_a_bpf_program_that_setup_makes_is_installed_too(checkout):
         "bpf:\n\t@grep -q -e ' -e ' log && touch host/probe.bpf.o || true  # the records' header wants an installed Wave\n"
     )
     (checkout / ".ci" / "setup").write_text((checkout / ".ci" / "setup").read_text().replace("command -v clang-19 clang", "command -v sh"))
-    assert [line.split(" -e ")[1] for line in installs(checkout)] == [".[dev,bench,host,serving]", "."]
+    assert [line.split(" -e ")[1] for line in installs(checkout)] == [".[dev,bench,host,serving,sweep]", "."]
     assert installs(checkout) == []
 
 
