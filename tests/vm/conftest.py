@@ -94,6 +94,8 @@ class Run:
                 self._reports[test] = []
             for line in file.read_text().splitlines() if file.exists() else []:
                 report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+                if report.skipped and isinstance(report.longrepr, list):  # JSON knows no tuples, and pytest wants one here
+                    report.longrepr = tuple(report.longrepr)
                 self._reports[report.nodeid].append(report)
         untold = sum(not _whole(self._reports[test]) for test in left)
         failed = bool(untold) and (ended.panicked or not ended.boot_s)
