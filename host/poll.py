@@ -12,9 +12,7 @@ import struct
 import time
 from collections.abc import Callable
 
-REST = 3
-"""After a tick comes a rest of so many times its length: on a slow machine, an emulated one say, ticks come less often."""
-_CLOCK_MONOTONIC = 1
+_CLOCK_MONOTONIC, _SECOND_NS = 1, 1_000_000_000
 _TIMERSPEC = struct.Struct("=qqqq")  # interval and first expiry, each in s and ns
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,26 +38,27 @@ class Poll:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
-    def every(self, period_ms: float, call: Callable[[], None]) -> None:
-        """A tick; ticks that were missed are one, and one that takes long is followed by a rest, so that who runs above all others leaves them their CPU."""
+    def every(self, period_ms: float, call: Callable[[], None], *, rest: float = 0.0) -> None:
+        """A tick; ticks that were missed are one. After one comes a rest of `rest` times its length, or the period if that is longer: with 3, ticks take at
+        most a quarter of a CPU, however slow it is (an emulated one, say)."""
         self._timer = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
         if self._timer < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
-        period = divmod(round(period_ms * 1e6), 1_000_000_000)
-        if _libc.timerfd_settime(self._timer, 0, _TIMERSPEC.pack(*period, *period), None):
-            raise OSError(ctypes.get_errno(), "timerfd_settime")
+        period_ns = round(period_ms * 1e6)
 
-        rest_until_ns = 0
+        def begin(first_ns: int) -> None:
+            if _libc.timerfd_settime(self._timer, 0, _TIMERSPEC.pack(*divmod(period_ns, _SECOND_NS), *divmod(first_ns, _SECOND_NS)), None):
+                raise OSError(ctypes.get_errno(), "timerfd_settime")
 
         def tick() -> None:
-            nonlocal rest_until_ns
             with contextlib.suppress(BlockingIOError):
                 os.read(self._timer, 8)
-            if (begin_ns := time.monotonic_ns()) >= rest_until_ns:
-                call()
-                end_ns = time.monotonic_ns()
-                rest_until_ns = end_ns + REST * (end_ns - begin_ns)
+            begun_ns = time.monotonic_ns()
+            call()
+            if (rest_ns := round(rest * (time.monotonic_ns() - begun_ns))) > period_ns:
+                begin(rest_ns)
 
+        begin(period_ns)
         self.add(self._timer, tick)
 
     def on_signals(self, numbers: list[signal.Signals], call: Callable[[int], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,6 @@ from waveos.sched.records import KICKED
 PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
 EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("spare", "u4")])
 FORK, GONE = 2, 3  # enum event_type in wave.bpf.h
-TICK_NS = 10_000_000
 SWEEP = 4
 """Members looked at in a tick, to see whether they live."""
 
@@ -60,7 +60,7 @@ class Governor:
         self._outside = 0  # children of members that could not be taken in
         self._leaving: list[int] = []  # numbers whose thread has begun to exit
         self._governed = True  # members have the attributes that make them so
-        self._alone_ns = 0
+        self._alone_since_ns = 0  # since when no agent lives; 0: one does, or nobody has looked
         self._bpf = Object(path)
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
@@ -173,10 +173,11 @@ class Governor:
         half.keep_up()
         if half.live:
             self._enforce()
-            self._alone_ns = 0
+            self._alone_since_ns = 0
         else:
-            self._alone_ns += TICK_NS
-            if self._governed and self._alone_ns > self._default_ns:
+            now_ns = time.monotonic_ns()
+            self._alone_since_ns = self._alone_since_ns or now_ns
+            if self._governed and now_ns - self._alone_since_ns > self._default_ns:
                 self._let_be()
         self._sweep()
         if self._leaving:
@@ -196,7 +197,7 @@ class Governor:
 
     def agent_here(self, generation: int) -> None:
         """Empty rings and the whole state for a new agent."""
-        self._alone_ns = 0
+        self._alone_since_ns = 0
         if not self._governed:
             self._govern()
         self._half.start(generation)

@@ -236,7 +236,7 @@ static __always_inline int woken(struct task_struct *task)
 		return 0;
 	now = bpf_ktime_get_ns();
 	bpf_spin_lock(&lock);
-	if (thread_at(tid)->state == BLOCKED && !thread_at(tid)->dying)
+	if (thread_at(tid)->state == BLOCKED)
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
 	drain(now);
 	bpf_spin_unlock(&lock);
@@ -300,7 +300,7 @@ int unsettle(struct adopt *a)
 	struct thread *t = thread_at(a->tid);
 
 	bpf_spin_lock(&lock);
-	if (t->pid == a->pid && !t->dying) {
+	if (t->pid == a->pid) {
 		if (t->state == RUNNING)
 			vacate(t->cpu, MESSAGE_THREAD_BLOCKED, now);
 		else if (t->state == RUNNABLE)

@@ -356,7 +356,7 @@ static __always_inline u32 judge(struct decision *d, u32 cpu)
 	if (d->type != DECISION_RUN || (d->flags & DECISION_PREEMPT && d->cpu_seq != c->seq))
 		return OUTCOME_STALE;
 	t = thread_at(d->tid);
-	if (t->state == ABSENT || t->dying)
+	if (t->state == ABSENT) /* one that is about to end needs a CPU for that, like any other */
 		return OUTCOME_TARGET_GONE;
 	if (t->seq != d->seq)
 		return OUTCOME_STALE;

@@ -445,7 +445,6 @@ def test_a_scenario_that_cannot_be_is_told(setting, told):
         ["compare", "vm", "--no-saturation"],
         ["compare", "vm", "--loads", "3"],
         ["run", "vm", "--load", "3"],
-        ["sweep", "vm", "--over", "vm.cores=1,2"],
     ],
 )
 def test_what_scenarios_of_machines_do_not_have_is_refused(arguments):

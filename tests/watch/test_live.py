@@ -150,8 +150,8 @@ def test_a_live_enclave_of_this_kernel_is_traced_for_perfetto_and_recorded_for_a
     capsys.readouterr()
     assert run(["replay", str(tmp_path / "kept.tape"), "--policy", "round_robin", "--param", "quantum_us=100", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)
-    assert replayed["recorded"]["policy"] == "fifo"
-    assert [each["id"] for each in replayed["configs"]] == ["fifo/on-host same workers", "round_robin/on-host same workers"]
+    assert replayed["recorded"]["policy"] == "shinjuku"
+    assert [each["id"] for each in replayed["configs"]] == ["shinjuku/on-host same workers", "round_robin/on-host same workers"]
     assert all(each["points"][0]["throughput_per_s"] > 0 for each in replayed["configs"])
     tracks = {event["args"]["name"] for event in drawn if event["name"] == "thread_name"}
     assert {f"CPU {cpus[0]}", "host to agent", "agent to host"} <= tracks

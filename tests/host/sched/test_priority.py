@@ -100,3 +100,25 @@ def test_a_thread_that_went_to_sleep_while_it_was_the_kernels_is_not_told_as_run
     hand = Hand(enclave.mechanism)
     assert hand.types(int(enclave.number(napper.pid))) == ["THREAD_NEW"]
     assert hand.types(int(enclave.number(awake.pid)))[1] in ("THREAD_RUNNABLE", "CPU_NEW"), "it waits, or is what the CPU runs"
+
+
+def test_a_thread_that_is_preempted_while_it_ends_can_be_decided_for_until_it_has_ended(enclave: Any) -> None:
+    ending, other = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    tid = int(enclave.number(ending.pid))
+    ending.run(b"m")  # it has memory to give back, which takes a while
+    hand.told(Message.THREAD_RUNNING, tid)
+    hand.decide(wait(enclave, hand, other), flags=0)
+    until(lambda: int(Path(f"/proc/{ending.pid}/statm").read_text().split()[1]) > 128 << 8, "its pages are there")
+    heard = len(hand.heard)
+    ending.kill()
+    assert select.select(enclave.mechanism.events, [], [], PATIENCE_S)[0], "its end has begun"
+    hand.preempt()
+    enclave.mechanism.attend()
+    until(lambda: {"THREAD_PREEMPTED", "THREAD_DEAD"} & {Message(int(m["type"])).name for m in hand.listen()[heard:] if m["tid"] == tid}, "it has left its CPU")
+    if "THREAD_DEAD" in hand.types(tid):
+        pytest.skip("it ended before it could be preempted: this kernel says so late")
+    staged = hand.decide(tid, flags=0)
+    other.rest()
+    assert hand.outcome(staged) is Outcome.COMMITTED
+    hand.told(Message.THREAD_DEAD, tid)

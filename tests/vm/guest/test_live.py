@@ -62,7 +62,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     end = time.monotonic() + DEADLINE_S
     while not (found := condition()):
         assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.5)
+        time.sleep(2)
     return found
 
 
