@@ -110,12 +110,11 @@ def test_a_thread_that_is_preempted_while_it_ends_can_be_decided_for_until_it_ha
     hand.told(Message.THREAD_RUNNING, tid)
     hand.decide(wait(enclave, hand, other), flags=0)
     until(lambda: int(Path(f"/proc/{ending.pid}/statm").read_text().split()[1]) > 128 << 8, "its pages are there")
-    heard = len(hand.heard)
     ending.kill()
     assert select.select(enclave.mechanism.events, [], [], PATIENCE_S)[0], "its end has begun"
     hand.preempt()
     enclave.mechanism.attend()
-    until(lambda: {"THREAD_PREEMPTED", "THREAD_DEAD"} & {Message(int(m["type"])).name for m in hand.listen()[heard:] if m["tid"] == tid}, "it has left its CPU")
+    until(lambda: {"THREAD_PREEMPTED", "THREAD_DEAD"} & set(hand.types(tid)), "it has left its CPU")
     if "THREAD_DEAD" in hand.types(tid):
         pytest.skip("it ended before it could be preempted: this kernel says so late")
     staged = hand.decide(tid, flags=0)
