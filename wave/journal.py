@@ -49,12 +49,13 @@ class Journal:
 
     def add(self, number: int, entry: Mapping[str, Any]) -> None:
         """Keep a finished piece; it is on the disk when this returns. Raises ConfigError when the disk does not take it."""
-        kept = {**entry, "number": number}
+        before = len(self.entries)
+        self.entries[number] = kept = {**entry, "number": number}  # first: Ctrl-C may come while the disk is busy, and what is on it counts
         try:
             self._write(kept)
         except OSError as error:
-            raise ConfigError(f"{explain_failure(self.path, error)}; the {len(self.entries)} that were finished before are kept there") from error
-        self.entries[number] = kept
+            del self.entries[number]
+            raise ConfigError(f"{explain_failure(self.path, error)}; the {before} that were finished before are kept there") from error
 
     def remove(self) -> None:
         """Delete the file: what is in it has gone elsewhere."""
