@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup bpf demo test chaos test-vm lint docs evaluation validation clean install-units install-units-host install-units-dpu uninstall-units
+.PHONY: help setup bpf demo test chaos soak test-vm lint docs evaluation validation clean install-units install-units-host install-units-dpu uninstall-units
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
@@ -43,6 +43,9 @@ test-vm: setup ## tests of sched_ext in guests with other kernels (Debian's, som
 
 chaos: setup ## kill the daemons of a live enclave 200 and 50 times, and look for what is lost; CHAOS_FLAGS="--quick" or --seed N
 	@$(BIN)/python tests/chaos/storm.py $(CHAOS_FLAGS)
+
+soak: setup ## half an hour of a live enclave under load, its agent replaced every minute: memory flat, nobody held up; SOAK_FLAGS="--minutes 3"
+	@$(BIN)/python tests/chaos/soak.py $(SOAK_FLAGS)
 
 lint: setup ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check --quiet .
