@@ -7,7 +7,7 @@ export PYTHON
 BIN := .venv/bin
 LOG := build/lint.log
 GUESTS = 6.17,7.2
-GUEST_TESTS = tests/vm/guest tests/host/sched -k 'vm or sched_ext'
+GUEST_TESTS = tests/vm/guest tests/host/sched tests/memory/test_live.py -k 'vm or sched_ext'
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -38,7 +38,7 @@ demo: setup ## a real RocksDB measured here, and what moving its scheduling to a
 test: setup ## the tests; TEST_FLAGS="-m 'not slow'" for the quick ones
 	@$(BIN)/pytest $(TEST_FLAGS)
 
-test-vm: setup ## tests of sched_ext in guests with other kernels (Debian's, some 350 MB the first time); TEST_FLAGS as above
+test-vm: setup ## tests of sched_ext, DAMON and cgroup v2 in guests with other kernels (Debian's, some 350 MB the first time); TEST_FLAGS as above
 	@$(BIN)/pytest $(GUEST_TESTS) --guests=$(GUESTS) $(TEST_FLAGS)
 
 chaos: setup ## kill the daemons of a live enclave 200 and 50 times, and look for what is lost; CHAOS_FLAGS="--quick" or --seed N

@@ -1,6 +1,6 @@
 """Memory on a real kernel: a process, hostd and an agent, and what is left when one of them is killed.
 
-Here with cgroups of version 1 and referenced bits; `test_guest` runs some of these with version 2 and DAMON.
+Here with cgroups of version 1 and referenced bits; `make test-vm` runs the one that says so with version 2 and DAMON.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def world():
 AGE = {"scan_ms": 200, "age_ms": 1000, "quota_share_per_s": 1}
 
 
-def test_in_a_vm_or_here_the_cold_half_is_paged_out_the_hot_half_stays_and_all_of_it_can_be_read(world):
-    full = world.rss_mib()
+def test_in_a_vm_or_here_the_cold_half_is_paged_out_and_a_hostd_that_is_killed_under_a_limit_leaves_what_restore_takes_back(world):
+    full, limit = world.rss_mib(), world.limit()
     world.manage(**AGE)
     world.until(lambda: world.rss_mib() < full - 0.4 * BATCHES * 2)
     assert world.rss_mib() > full - 0.75 * BATCHES * 2
@@ -194,7 +194,19 @@ def test_in_a_vm_or_here_the_cold_half_is_paged_out_the_hot_half_stays_and_all_o
     assert told["counters"]["sensor"] == ("DAMON" if CGROUPS == V2 else "referenced bits by mapping")
     assert told["counters"]["advised_kib"]["pageout"] >= 0.4 * BATCHES * 2048
     assert told["report"]["decisions"] > 0
+
+    assert ask(world.enclave, {"do": "set-policy", "policy": "static", "params": {"limit_mib": 100}}, DEADLINE_S)["ok"]
+    world.until(lambda: world.limit() == 100)
+    agent = world.agent()
+    world.hostd.kill()
+    world.hostd.wait()
+    assert world.limit() == 100
+    done, failed = restore([world.enclave])
+    assert failed == []
+    assert any(LIMIT in line for line in done)
+    assert world.limit() == limit
     assert world.ask("check") == "True"
+    world.until(lambda: start_time(agent) is None)  # it ends with the hostd that started it
 
 
 def test_an_agent_that_is_killed_leaves_a_process_that_lives_and_a_new_one_goes_on(world):
@@ -208,22 +220,6 @@ def test_an_agent_that_is_killed_leaves_a_process_that_lives_and_a_new_one_goes_
     world.until(lambda: world.rss_mib() < full - 0.2 * BATCHES * 2)
     assert world.facts()["agents_lost"] == 1
     assert world.ask("check") == "True"
-
-
-def test_in_a_vm_or_here_a_hostd_that_is_killed_leaves_a_limit_that_restore_takes_back(world):
-    limit = world.limit()
-    world.manage("static", limit_mib=100)
-    world.until(lambda: world.limit() == 100)
-    agent = world.agent()
-    world.hostd.kill()
-    world.hostd.wait()
-    assert world.limit() == 100
-    done, failed = restore([world.enclave])
-    assert failed == []
-    assert any(LIMIT in line for line in done)
-    assert world.limit() == limit
-    assert world.ask("check") == "True"
-    world.until(lambda: start_time(agent) is None)  # it ends with the hostd that started it
 
 
 def test_the_next_hostd_puts_back_what_a_killed_one_left(world):

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 
-from waveos import sched
+from waveos import memory, sched
 from waveos.agents import agentd
 from waveos.link import open_link
 from waveos.policy import load_policy
@@ -20,14 +20,14 @@ for name in POLICIES:
     bound = load_policy(name).bind(n_cpus=1, params={})
     make_runtime(bound, cpus=1, threads=THREADS, ahead=1)
 agentd._compile()
-with tempfile.NamedTemporaryFile() as memory:
-    os.truncate(memory.name, 1 << 20)
-    for url in (f"bar://{memory.name}", f"shm://compiled-{os.getpid()}"):
-        with open_link(url, side="host") as host, open_link(url, side="agent") as agent:
+with tempfile.NamedTemporaryFile() as device:
+    os.truncate(device.name, 1 << 20)
+    for url, subsystem in ((f"bar://{device.name}", sched), (f"shm://compiled-{os.getpid()}", sched), (f"shm://compiled-{os.getpid()}", memory)):
+        with open_link(url, side="host", subsystem=subsystem) as host, open_link(url, side="agent", subsystem=subsystem) as agent:
             for link in (host, agent):
                 link.check()
             host.await_agent()
-            host.send_messages(np.zeros(1, sched.MESSAGE))
+            host.send_messages(np.zeros(1, subsystem.MESSAGE))
             agent.poll_messages(wait_ns=1)
             agent.txn_create()
             agent.txns_commit()

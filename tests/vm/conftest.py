@@ -1,4 +1,4 @@
-"""Tests in guest kernels: `pytest tests/vm/guest tests/host/sched -k 'vm or sched_ext' --guests=6.17,7.2`, which is what `make test-vm` says.
+"""Tests in guest kernels: `pytest tests/vm/guest tests/host/sched tests/memory/test_live.py -k 'vm or sched_ext' --guests=6.17,7.2`: `make test-vm`.
 
 Outside, with `--guests`, each test that was chosen stands for one run of it in each kernel: the first of a kernel boots it and runs them all in there,
 then each reports what became of it, as if it had run here. Without the option those of the folder guest/ are skipped, with the reason. Inside,
