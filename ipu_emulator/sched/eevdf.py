@@ -168,7 +168,9 @@ class Eevdf(Policy, subsystem=sched, name="eevdf"):
 
     def cpu_idle(self, msg, txns):
         while self.n[0] and self.claimed[0] == 0:
-            tid = pick(self, -1)
+            tid = pick(self, self.running[0] - 1)
+            if tid == self.running[0] - 1:  # it was considered anew, and goes on
+                return
             if self.delayed[tid] == 0:
                 self.claimed[0] = 1
                 sched.run(txns, tid=tid, cpu=0)

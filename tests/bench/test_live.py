@@ -161,6 +161,13 @@ def test_equal_hogs_share_the_cpu_equally_under_eevdf() -> None:
     assert sojourns[1] == pytest.approx(40 * MS, rel=0.01) and sojourns[0] > 33 * MS
 
 
+def test_under_eevdf_a_thread_that_is_looked_at_anew_and_is_still_the_best_goes_on() -> None:
+    given = costs(get_ns=np.array([14_000, 27_000]), range_ns=np.array([2_000_000]), slice_ns=700_000, tick_ns=1_000_000)
+    for seed in range(1, 6):
+        predicted = live_prediction.predict(given, None, 8_000.0, 64, seed)
+        assert predicted["throughput_per_s"] == pytest.approx(8_000, rel=0.05)
+
+
 def test_wave_keeps_gets_from_waiting_for_ranges_and_pays_for_it() -> None:
     wave = live_prediction.Enforcement(delay_ns=40_000, cpu_ns=15_000, quantum_us=200)
     without, within = (live_prediction.predict(costs(), each, 40_000.0, 16, seed=1, seconds=1.0) for each in (replace(wave, quantum_us=10_000), wave))

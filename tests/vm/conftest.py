@@ -1,19 +1,23 @@
 """Tests in guest kernels: `pytest tests/vm/guest tests/host/sched tests/memory/test_live.py -k 'vm or sched_ext' --guests=6.17,7.2`: `make test-vm`.
 
-Outside, with `--guests`, each test that was chosen stands for one run of it in each kernel: the first of a kernel boots it and runs them all in there,
-then each reports what became of it, as if it had run here. Without the option those of the folder guest/ are skipped, with the reason. Inside,
+Outside, with `--guests`, each test that was chosen stands for one run of it in each kernel: the first boots them, a guest a core, which run all tests in
+there, then each reports what became of it, as if it had run here. Without the option those of the folder guest/ are skipped, with the reason. Inside,
 `--reports-to` writes each report to a file line by line, so that a guest that dies half way still tells how far it came.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import ctypes
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--reports-to", None):
         return
     if series := config.getoption("--guests", None):
-        runs = [Run(each, [item.nodeid for item in items], config) for each in series.split(",")]
+        runs = Guests(series.split(","), [item.nodeid for item in items], config).runs
         items[:] = [
             InGuest.from_parent(item.parent, name=f"{item.name}[{run.series}]", original=item.nodeid, run=run) for run in runs for item in items
         ]
@@ -47,13 +51,61 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # ── outside ──
 
 
+class Guests:
+    """The guests of a session, which run at the same time: each is emulated by one thread, so it takes one of this machine's cores."""
+
+    def __init__(self, series: list[str], tests: list[str], config: pytest.Config):
+        self.runs = [Run(each, tests, config, self) for each in series]
+        self._boots: dict[str, Future[Any]] = {}
+
+    def first_boot(self, series: str) -> Any:
+        """What came of all tests in the first guest of that kernel: the arguments of `Run.take`."""
+        if not self._boots:
+            from kernels import kernel
+
+            _compile()
+            kernels = {run.series: kernel(run.series) for run in self.runs}
+            cores = len(os.sched_getaffinity(0))
+            with contextlib.closing(_Pool(cores)) as pool:
+                self._boots = {run.series: pool.submit(boot, kernels[run.series], run.tests) for run in self.runs}
+        return self._boots[series].result()
+
+
+class _Pool(ProcessPoolExecutor):
+    """Processes that end with this one, whatever it ends of; a guest ends with the process that has its terminal."""
+
+    def __init__(self, processes: int):
+        super().__init__(processes, multiprocessing.get_context("fork"), _end_with_our_parent)
+
+    def close(self) -> None:
+        self.shutdown(wait=False)
+
+
+def _end_with_our_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def boot(kernel: Any, tests: list[str]) -> tuple[Any, Any, list[str]]:
+    """Run the tests in a guest: its kernel, how it ended, and the reports, each as a line of JSON."""
+    from machine import run
+    from outside import joined_by_bar
+
+    with tempfile.TemporaryDirectory(prefix="wave-guest-") as folder, joined_by_bar(any("bar" in test for test in tests)) as device:
+        file, chosen = Path(folder, "reports"), Path(folder, "tests")
+        chosen.write_text("\n".join(tests))
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
+        command += [f"--reports-to={file}", f"@{chosen}"]
+        ended = run(kernel, command, timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED, qemu=device)
+        return kernel, ended, file.read_text().splitlines() if file.exists() else []
+
+
 class Run:
     """The tests' one run in the guest of a series; a second one of those left to tell, if its kernel panicked or it never came up."""
 
-    def __init__(self, series: str, tests: list[str], config: pytest.Config):
-        self.series = series
-        self._tests = tests
+    def __init__(self, series: str, tests: list[str], config: pytest.Config, guests: Guests):
+        self.series, self.tests = series, tests
         self._config = config
+        self._guests = guests
         self._reports: dict[str, list[pytest.TestReport]] | None = None
         self._ended = ""
 
@@ -61,49 +113,41 @@ class Run:
         """What the test reported; a single failed one if the guest ended before it could."""
         if self._reports is None:
             self._reports = defaultdict(list)
-            if not self._boot():
-                self._boot(again=True)
+            from waveos.errors import WaveError
+
+            try:
+                if left := self._take(*self._guests.first_boot(self.series), ""):
+                    self._take(*boot(self._kernel, left), " again")
+            except WaveError as error:
+                pytest.exit(f"tests in guests: {error}", returncode=1)
         found = self._reports[test]
         if _whole(found):
             return found
         why, self._ended = self._ended, "as said of the first"
         return [pytest.TestReport(test, ("", None, ""), {}, "failed", f"the guest told nothing of this test: {why}", "call")]
 
-    def _boot(self, again: bool = False) -> bool:
-        """Run what is left to tell. False if the guest itself failed, not a test in it, and something is still left."""
-        from kernels import kernel
-        from machine import run
-        from outside import joined_by_bar
-
-        from waveos.errors import WaveError
-
-        left = [test for test in self._tests if not _whole(self._reports[test])]
-        with tempfile.TemporaryDirectory(prefix="wave-guest-") as folder:
-            file, tests = Path(folder, "reports"), Path(folder, "tests")
-            tests.write_text("\n".join(left))
-            command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
-            try:
-                chosen = kernel(self.series)
-                _compile()
-                told = [f"--reports-to={file}", f"@{tests}"]
-                with joined_by_bar(any("bar" in test for test in left)) as device:
-                    ended = run(chosen, [*command, *told], timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED, qemu=device)
-            except WaveError as error:
-                pytest.exit(f"tests in guests: {error}", returncode=1)
-            for test in left:
-                self._reports[test] = []
-            for line in file.read_text().splitlines() if file.exists() else []:
-                report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
-                if report.skipped and isinstance(report.longrepr, list):  # JSON knows no tuples, and pytest wants one here
-                    report.longrepr = tuple(report.longrepr)
-                self._reports[report.nodeid].append(report)
-        untold = sum(not _whole(self._reports[test]) for test in left)
+    def _take(self, kernel: Any, ended: Any, lines: list[str], which: str) -> list[str]:
+        """Keep what a guest told. The tests that are left, if the guest itself failed, and not a test in it."""
+        assert self._reports is not None
+        self._kernel = kernel
+        told: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        for line in lines:
+            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
+            if report.skipped and isinstance(report.longrepr, list):  # JSON knows no tuples, and pytest wants one here
+                report.longrepr = tuple(report.longrepr)
+            told[report.nodeid].append(report)
+        self._reports.update(told)
+        untold = [test for test in self.tests if not _whole(self._reports[test])]
         failed = bool(untold) and (ended.panicked or not ended.boot_s)
-        rest = f"; {untold} of {len(left)} tests were not told, and run in another boot" if failed and not again else ""
-        self._say(f"{chosen.version}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot{rest}")
+        rest = (
+            f"; {len(untold)} of {len(self.tests)} tests were not told" + (", and run in another boot" if failed and not which else "")
+            if untold
+            else ""
+        )
+        self._say(f"{kernel.version}{which}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot{rest}")
         said = ended.output if ended.code is not None else "\n".join([ended.output, ended.console[-4000:]])
         self._ended = f"{ended}\n{said[-8000:]}"
-        return not failed
+        return untold if failed else []
 
     def _say(self, line: str) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -116,7 +160,6 @@ def _whole(reports: list[pytest.TestReport]) -> bool:
     return bool(reports) and reports[-1].when == "teardown"
 
 
-@functools.cache
 def _compile() -> None:
     done = subprocess.run([sys.executable, "-P", str(HERE / "compiled.py")], env={**os.environ, **COMPILED}, capture_output=True, text=True)
     if done.returncode:
