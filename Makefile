@@ -63,8 +63,8 @@ install-units install-units-host install-units-dpu: ## systemd's part of Wave, o
 uninstall-units: ## take it away again
 	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) systemd/install remove
 
-evaluation: setup ## the paper's figures beside this software's: docs/evaluation.md and out/evaluation.html (some 20 minutes)
-	@$(BIN)/wave bench paper --markdown docs/evaluation.md --page out/evaluation.html
+evaluation: setup ## the paper's figures beside this software's: docs/evaluation.md and out/evaluation.html (some 40 minutes; EVALUATE=--quick: some 10)
+	@$(BIN)/wave bench paper $(EVALUATE) --markdown docs/evaluation.md --page out/evaluation.html
 
 validation: setup ## the models against theory and this machine: docs/validation.md (some 40 minutes, root, a quiet machine)
 	@$(BIN)/python -P docs/validate.py $(VALIDATE)

@@ -43,6 +43,8 @@ def _number(value: float | None) -> str:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     machine = result["machine"]
     made = f"Timing: {result['timing']}. Link profile: assumed. Made on {machine['cpu']}, {machine['cores']} cores, by `make evaluation`."
+    if result["quick"]:
+        made += " This is the short form (`--quick`): assumptions are varied only all at once, so the range may be too narrow."
     told = {row["name"]: row for row in result["rows"] if row["published"] is not None}
     reached = [
         f"{name}: {_number(row['value'])} here, {_number(row['published'])} published ({row['published_source']}). "

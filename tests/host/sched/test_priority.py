@@ -113,8 +113,13 @@ def test_a_thread_that_is_preempted_while_it_ends_can_be_decided_for_until_it_ha
     ending.kill()
     assert select.select(enclave.mechanism.events, [], [], PATIENCE_S)[0], "its end has begun"
     hand.preempt()
-    enclave.mechanism.attend()
-    until(lambda: {"THREAD_PREEMPTED", "THREAD_DEAD"} & set(hand.types(tid)), "it has left its CPU")
+
+    def left() -> bool:
+        hand.beat()
+        enclave.mechanism.attend()
+        return bool({"THREAD_PREEMPTED", "THREAD_DEAD"} & set(hand.types(tid)))
+
+    until(left, "it has left its CPU")
     if "THREAD_DEAD" in hand.types(tid):
         pytest.skip("it ended before it could be preempted: this kernel says so late")
     staged = hand.decide(tid, flags=0)
