@@ -238,7 +238,6 @@ def test_an_agent_outside_this_machine_decides_on_what_it_is_told_through_a_pci_
         assert [(int(each["type"]), int(each["tid"]), int(each["cpu"])) for each in decided] == [(Decision.RUN, 3, 0)]
 
 
-@pytest.mark.slow
 def test_threads_of_this_machine_are_scheduled_by_an_agent_outside_it_through_a_pci_bar(world, bar):
     workers = world.workers()
     hostd = world.hostd("--no-agent", "--pids", str(workers.pid))
