@@ -10,6 +10,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernels
 import machine
@@ -149,10 +150,9 @@ def test_what_a_guest_that_failed_did_not_tell_runs_in_another_once(monkeypatch,
     plugin = next(each for each in request.config.pluginmanager.get_plugins() if hasattr(each, "InGuest"))
     guests = Guests(request.config, *boots)
     monkeypatch.setattr(machine, "run", guests.run)
-    monkeypatch.setattr(kernels, "kernel", lambda series: kernels.Kernel(series, tmp_path))
-    monkeypatch.setattr(plugin, "_compile", lambda: None)
     monkeypatch.setattr(plugin.Run, "_say", lambda self, line: None)
-    run = plugin.Run("7.2", tests, request.config)
+    here = SimpleNamespace(first_boot=lambda series: plugin.boot(kernels.Kernel(series, tmp_path), tests))
+    run = plugin.Run("7.2", tests, request.config, here)
     assert [run.reports(test)[-1].outcome for test in tests] == ["passed"] * told + ["failed"] * (3 - told)
     assert guests.given == [tests[-n:] for n in given]
 
