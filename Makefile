@@ -63,7 +63,7 @@ install-units install-units-host install-units-dpu: ## systemd's part of Wave, o
 uninstall-units: ## take it away again
 	@DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) systemd/install remove
 
-evaluation: setup ## the paper's figures beside this software's: docs/evaluation.md and out/evaluation.html (some 40 minutes; EVALUATE=--quick: some 10)
+evaluation: setup ## the paper's figures beside this software's: docs/evaluation.md and out/evaluation.html (an hour or two; EVALUATE=--quick: some 10 minutes)
 	@$(BIN)/wave bench paper $(EVALUATE) --markdown docs/evaluation.md --page out/evaluation.html
 
 validation: setup ## the models against theory and this machine: docs/validation.md (some 40 minutes, root, a quiet machine)

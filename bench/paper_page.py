@@ -12,7 +12,7 @@ from waveos.report import page as pages
 COLUMNS = ("figure", "here", "low", "high", "published", "how", "moves most with")
 _ABOUT = (
     "The Wave paper's headline figures (arXiv 2408.17351) beside what this software obtains. `here` is with the data as it is; `low` and `high` are "
-    "the least and the most when each assumption of the models behind it is halved and doubled, one at a time, and all at once. No figure is tuned: the data "
+    "the least and the most when the assumptions of the models behind it are halved and doubled. No figure is tuned: the data "
     "lay in the repository before the first run, and a figure that is not reached says so."
 )
 _MEANING = (
@@ -43,8 +43,8 @@ def _number(value: float | None) -> str:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     machine = result["machine"]
     made = f"Timing: {result['timing']}. Link profile: assumed. Made on {machine['cpu']}, {machine['cores']} cores, by `make evaluation`."
-    if result["quick"]:
-        made += " This is the short form (`--quick`): assumptions are varied only all at once, so the range may be too narrow."
+    together = "only all at once, the short form (`--quick`), so the range may be too narrow"
+    made += f" Assumptions were varied {together if result['quick'] else 'one at a time, and all at once'}."
     told = {row["name"]: row for row in result["rows"] if row["published"] is not None}
     reached = [
         f"{name}: {_number(row['value'])} here, {_number(row['published'])} published ({row['published_source']}). "

@@ -19,15 +19,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from world import COUNT, GAP, Worker, World, bpf_objects, scheduling, until, why_not
+from world import COUNT, GAP, Watch, Worker, World, bpf_objects, scheduling, stolen_ms, until, why_not
 
-STILL_S = 20.0
-"""A worker that makes no step for so long is stuck."""
 WINDOW_S = 0.15
 FALLBACK_MS = 50.0
 """At most between the death of an agent and the kernel's own order, as a member sees it."""
@@ -36,47 +32,6 @@ POLICIES = (("fifo", {}), ("shinjuku", {"quantum_us": 500}), ("round_robin", {"q
 
 class Broken(Exception):
     """A claim does not hold."""
-
-
-def stopped(pid: int) -> bool:
-    """Somebody has stopped the process, and not us."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
-
-
-def stolen_ms(cpu: int) -> float:
-    """What the hypervisor has taken of that CPU so far."""
-    fields = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith(f"cpu{cpu} ")).split()
-    return float(fields[8]) * 1_000 / os.sysconf("SC_CLK_TCK")
-
-
-class Watch(threading.Thread):
-    """Looks at every worker's progress, all the time."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(daemon=True)
-        self.world, self.stuck, self.over = world, "", False
-        self.longest_ms: dict[str, float] = {}
-        self.start()
-
-    def run(self) -> None:
-        seen: dict[str, tuple[int, float]] = {}
-        before = time.monotonic()
-        while not self.over:
-            now = time.monotonic()
-            late, before = now - before > 1.0, now  # who watches stood still: that is no news of the watched
-            for worker in self.world.workers:
-                count = self.world.word(worker, COUNT)
-                last, since = seen.get(worker.name, (-1, now))
-                if count != last or late or stopped(worker.pid):
-                    seen[worker.name] = (count, now)
-                    since = since if count != last else now
-                self.longest_ms[worker.kind] = max(self.longest_ms.get(worker.kind, 0.0), (now - since) * 1_000)
-                if now - since > STILL_S and not self.stuck:
-                    state = scheduling(worker.pid)
-                    self.stuck = f"{worker.name} (pid {worker.pid}) stands still at {count} for {now - since:.1f} s: {state}"
-            time.sleep(0.01)
 
 
 class Storm:
@@ -176,17 +131,12 @@ class Storm:
             self.agents.append(self.world.agent(self.rng.choice(("fifo", "shinjuku", "round_robin"))))
             self.counts["agents_started"] += 1
 
-    def attached(self) -> int | None:
-        """The agent that decides now."""
-        told = self.world.ask("status", 1.0)
-        return told["agent"]["pid"] if told and told.get("agent") else None
-
     def _await_attached(self) -> int:
         """The same, once there is one."""
 
         def there() -> int | None:
             self.supervise()
-            return self.attached()
+            return self.world.attached()
 
         return int(until(there, "an agent is attached"))
 
@@ -319,7 +269,7 @@ class Storm:
         for agent in self.agents:
             self._kill(agent)
             agent.wait()
-        self.watch.over = True
+        self.world.over = True
         self.world.words[0] = 1
         for worker in self.world.workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -384,8 +334,6 @@ def main() -> int:
         print(f"chaos: BROKEN after {time.monotonic() - began:.0f} s (seed {seed}): {error}\n{counts}", file=sys.stderr)
         return 1
     finally:
-        if storm:
-            storm.watch.over = True
         world.close()
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ WORKERS = HERE / "workers.py"
 WORDS, SLOTS = 8, 32
 COUNT, LAST, GAP = range(3)
 PATIENCE_S = 60.0
+STILL_S = 20.0
+"""A worker that makes no step for so long is stuck."""
 _HELD = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.MULTILINE)
 
 
@@ -75,6 +78,19 @@ def bpf_objects() -> set[tuple[str, int]]:
     return found
 
 
+def stopped(pid: int) -> bool:
+    """Somebody has stopped the process, and not us."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+def stolen_ms(cpu: int) -> float:
+    """What the hypervisor has taken of that CPU so far."""
+    fields = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith(f"cpu{cpu} ")).split()
+    return float(fields[8]) * 1_000 / os.sysconf("SC_CLK_TCK")
+
+
 class Worker:
     """One process with a slot in the shared words."""
 
@@ -101,6 +117,8 @@ class World:
         os.ftruncate(self._fd, 8 * WORDS * SLOTS)
         self.words = memoryview(mmap.mmap(self._fd, 8 * WORDS * SLOTS)).cast("q")
         self.workers: list[Worker] = []
+        self.over = False
+        """Nobody watches any more."""
         self._processes: list[subprocess.Popen[Any]] = []
         self._next = 1
         self._logs = 0
@@ -175,6 +193,11 @@ class World:
         finally:
             restore.RUN = usual
 
+    def attached(self) -> int | None:
+        """The agent that decides now."""
+        told = self.ask("status", 1.0)
+        return told["agent"]["pid"] if told and told.get("agent") else None
+
     def log(self, name: str) -> str:
         """What a daemon said so far."""
         path = self.folder / name
@@ -192,6 +215,7 @@ class World:
 
     def close(self) -> None:
         """End everything, by its number."""
+        self.over = True
         self.words[0] = 1
         for process in reversed(self._processes):
             with contextlib.suppress(OSError):
@@ -205,3 +229,31 @@ class World:
             worker.process.wait()
         os.close(self._fd)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Watch(threading.Thread):
+    """Looks at every worker's progress, all the time."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(daemon=True)
+        self.world, self.stuck = world, ""
+        self.longest_ms: dict[str, float] = {}
+        self.start()
+
+    def run(self) -> None:
+        seen: dict[str, tuple[int, float]] = {}
+        before = time.monotonic()
+        while not self.world.over:
+            now = time.monotonic()
+            late, before = now - before > 1.0, now  # who watches stood still: that is no news of the watched
+            for worker in self.world.workers:
+                count = self.world.word(worker, COUNT)
+                last, since = seen.get(worker.name, (-1, now))
+                if count != last or late or stopped(worker.pid):
+                    seen[worker.name] = (count, now)
+                    since = since if count != last else now
+                self.longest_ms[worker.kind] = max(self.longest_ms.get(worker.kind, 0.0), (now - since) * 1_000)
+                if now - since > STILL_S and not self.stuck:
+                    state = scheduling(worker.pid)
+                    self.stuck = f"{worker.name} (pid {worker.pid}) stands still at {count} for {now - since:.1f} s: {state}"
+            time.sleep(0.01)

@@ -41,6 +41,25 @@ def test_half_a_line_is_dropped_and_the_next_one_is_whole(tmp_path, cut):
         assert set(journal.entries) == {0, 2}
 
 
+def test_what_was_being_written_when_ctrl_c_came_counts_and_what_the_disk_did_not_take_does_not(tmp_path, monkeypatch):
+    def busy(error):
+        def fsync(fd):
+            raise error
+
+        return fsync
+
+    with Journal(tmp_path / "j", HEADER, same) as journal:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "fsync", busy(KeyboardInterrupt()))
+            journal.add(0, {"rows": ["a"]})
+        with monkeypatch.context() as patched, pytest.raises(ConfigError, match="the 1 that were finished before"):
+            patched.setattr(os, "fsync", busy(OSError(errno.ENOSPC, "no space")))
+            journal.add(1, {"rows": ["b"]})
+        assert set(journal.entries) == {0}
+    with Journal(tmp_path / "j", HEADER, same) as journal:
+        assert set(journal.entries) == {0}
+
+
 def test_a_header_that_is_cut_off_begins_anew(tmp_path):
     path = tmp_path / "j"
     path.write_bytes(b'{"swe')

@@ -7,7 +7,6 @@ there, then each reports what became of it, as if it had run here. Without the o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -59,30 +58,33 @@ class Guests:
         self._boots: dict[str, Future[Any]] = {}
 
     def first_boot(self, series: str) -> Any:
-        """What came of all tests in the first guest of that kernel: the arguments of `Run.take`."""
+        """What came of all tests in the first guest of that kernel: the first arguments of `Run._take`."""
         if not self._boots:
             from kernels import kernel
 
             _compile()
             kernels = {run.series: kernel(run.series) for run in self.runs}
             cores = len(os.sched_getaffinity(0))
-            with contextlib.closing(_Pool(cores)) as pool:
-                self._boots = {run.series: pool.submit(boot, kernels[run.series], run.tests) for run in self.runs}
+            pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _end_with_our_parent)
+            self._boots = {run.series: pool.submit(_boot_for_our_parent, kernels[run.series], run.tests) for run in self.runs}
+            pool.shutdown(wait=False)
         return self._boots[series].result()
 
 
-class _Pool(ProcessPoolExecutor):
-    """Processes that end with this one, whatever it ends of; a guest ends with the process that has its terminal."""
-
-    def __init__(self, processes: int):
-        super().__init__(processes, multiprocessing.get_context("fork"), _end_with_our_parent)
-
-    def close(self) -> None:
-        self.shutdown(wait=False)
-
-
 def _end_with_our_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Whatever it ends of: what runs here is told, and clears up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not SIGINT, which who starts a program in the background has it ignore
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _boot_for_our_parent(kernel: Any, tests: list[str]) -> tuple[Any, Any, list[str]]:
+    """As `boot`. If who asked for it ended meanwhile, this process ends, too, with nothing of the guest left."""
+    parent = os.getppid()
+    try:
+        return boot(kernel, tests)
+    finally:
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def boot(kernel: Any, tests: list[str]) -> tuple[Any, Any, list[str]]:
@@ -139,11 +141,9 @@ class Run:
         self._reports.update(told)
         untold = [test for test in self.tests if not _whole(self._reports[test])]
         failed = bool(untold) and (ended.panicked or not ended.boot_s)
-        rest = (
-            f"; {len(untold)} of {len(self.tests)} tests were not told" + (", and run in another boot" if failed and not which else "")
-            if untold
-            else ""
-        )
+        rest = f"; {len(untold)} of {len(self.tests)} tests were not told" if untold else ""
+        if failed and not which:
+            rest += ", and run in another boot"
         self._say(f"{kernel.version}{which}: {ended}, {ended.total_s:.0f} s, {ended.boot_s:.0f} s of them to boot{rest}")
         said = ended.output if ended.code is not None else "\n".join([ended.output, ended.console[-4000:]])
         self._ended = f"{ended}\n{said[-8000:]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -220,6 +221,46 @@ def test_a_guest_ends_with_the_process_that_started_it_however_that_ends(kernel,
     owner.kill()
     owner.wait()
     until(lambda: not left_over(owner.pid))
+
+
+SESSION = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import conftest, kernels
+def boot(kernel, tests):
+    Path(tests[0]).touch()
+    try:
+        time.sleep(1000)
+    finally:
+        Path(tests[0]).unlink()
+kernels.kernel, conftest.boot, conftest._compile = str, boot, lambda: None
+conftest.Guests(["7.2"], [sys.argv[2]], None).first_boot("7.2")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_boots_a_guest_clears_up_after_it_when_the_session_is_ended_in_mid_run(tmp_path, number):
+    running = tmp_path / "running"
+    session = subprocess.Popen([sys.executable, "-c", SESSION, str(Path(machine.__file__).parent), str(running)])
+    until(running.exists)
+    session.send_signal(number)
+    session.wait()
+    until(lambda: not running.exists())
+
+
+def test_ctrl_c_ends_the_session_and_clears_up(tmp_path):
+    running = tmp_path / "running"
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, also where these tests run in the background
+    try:
+        command = [sys.executable, "-c", SESSION, str(Path(machine.__file__).parent), str(running)]
+        session = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    until(running.exists)
+    os.killpg(session.pid, signal.SIGINT)
+    assert session.wait(60) != 0
+    assert not running.exists()
 
 
 def until(condition) -> None:

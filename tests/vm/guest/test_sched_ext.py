@@ -223,6 +223,7 @@ def test_a_thread_waits_behind_the_one_that_runs_and_takes_its_cpu_only_if_told_
         enqueued = int(holding.seen["enqueued"])
         assert holding.give(third.pid, 1, preempt=True)
         until(third.answers, "the third runs")
+        until(third.sleeps, "the third waits for work again")
         return bool(holding.seen["enqueued"] > enqueued)
 
     until(taken, "the third took the first's CPU")
