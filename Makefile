@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs first; `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup bpf demo test chaos soak test-vm lint docs evaluation validation clean install-units install-units-host install-units-dpu uninstall-units
+.PHONY: help setup bpf demo test chaos soak test-vm test-arm lint docs evaluation validation clean install-units install-units-host install-units-dpu uninstall-units
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 export PYTHON
@@ -40,6 +40,9 @@ test: setup ## the tests; TEST_FLAGS="-m 'not slow'" for the quick ones
 
 test-vm: setup ## tests of sched_ext, DAMON and cgroup v2 in guests with other kernels (Debian's, some 350 MB the first time); TEST_FLAGS as above
 	@$(BIN)/pytest $(GUEST_TESTS) --guests=$(GUESTS) $(TEST_FLAGS)
+
+test-arm: setup ## tests of ring, links, contract and agents on emulated 64-bit Arm (root; some 350 MB the first time); TEST_FLAGS names others
+	@tests/arm/run $(TEST_FLAGS)
 
 chaos: setup ## kill the daemons of a live enclave 200 and 50 times, and look for what is lost; CHAOS_FLAGS="--quick" or --seed N
 	@$(BIN)/python tests/chaos/storm.py $(CHAOS_FLAGS)

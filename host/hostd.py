@@ -30,12 +30,11 @@ from waveos.host.restore import Journal, names, owner_alive, path_of, read
 from waveos.host.settings import Settings
 from waveos.process import start_time
 
-TICK_MS = 10
 REST = 3.0
 """Where hostd is real-time its ticks take a quarter of a CPU at most: others are to come up there, on an emulated processor too, where a tick takes 8 ms."""
 LOOK_TICKS = 20
 """Ticks between two looks at who belongs to the enclave."""
-REPORT_MS = 300
+REPORT_MS = 1_000
 """How long a status waits for the agent's part."""
 ASKED_AT_ONCE = 4
 """A client's questions that are answered together: each takes hostd a millisecond, in which no member runs on its CPU."""
@@ -108,7 +107,7 @@ class Hostd:
         for fd in (self.mechanism.doorbell, *self.mechanism.events):
             self.poll.add(fd, self.mechanism.attend)
         priority = self._room.PRIORITY if own.priority is None else own.priority
-        self.poll.every(TICK_MS, self._tick, rest=REST if priority else 0.0)
+        self.poll.every(self._room.TICK_MS, self._tick, rest=REST if priority else 0.0)
         self.poll.on_signals([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD], self._signalled)
         self._stack.callback(self._stop_agent)
         if told.agent.start:

@@ -25,12 +25,14 @@ from waveos.names import nearest
 
 PRIORITY = 0
 """An ordinary process: a look at all pages takes it tens of milliseconds, which nobody shall wait for."""
+TICK_MS = 50
+"""Between two rounds of the mechanism. Reclaiming knows no hurry, and each round takes half a millisecond of a host's CPU, which is what offload is to free."""
 AGENT_ASKS = False
 SETTINGS = {"batch_kib": 2_048, "pass_ms": 2_400.0, "quota_mib_per_s": 0.0, "stall_share": 0.0, "silent_s": 10.0}
 """What `--setting` may say. A batch is a mapping of that size; between two looks at all pages is `pass_ms` at least; quota and stall are what the operator
 allows (0: as the policy likes); an agent that gives no sign of life for `silent_s` counts as lost until it does."""
 
-__all__ = ["AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "claims", "facts", "find_members", "make"]
+__all__ = ["AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "TICK_MS", "claims", "facts", "find_members", "make"]
 
 
 class Members:

@@ -19,6 +19,7 @@ from waveos.process import start_time
 
 PRIORITY = 0
 """An ordinary process: packets never wait for it."""
+TICK_MS = 10
 AGENT_ASKS = True
 AGENT = "waveos.agents.net.agent", "xsk"
 """Who serves the ports, and by which scheme."""
@@ -26,7 +27,7 @@ SETTINGS = {"network": "", "port": 5_000, "ring_size": RING_SIZE}
 """What `--setting` (or `[settings]`) may say. The network is that of `wave net up`, by default the one of the enclave's name; the port is the service's;
 worker w, the enclave's process number w, has port + 1 + w as well."""
 
-__all__ = ["AGENT", "AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "claims", "facts", "find_members", "make"]
+__all__ = ["AGENT", "AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "TICK_MS", "claims", "facts", "find_members", "make"]
 
 
 class Workers:

@@ -15,6 +15,8 @@ from waveos.host.settings import Settings
 SUBSYSTEM = 1
 PRIORITY = 60
 """Of hostd: real-time, above the threads that it schedules."""
+TICK_MS = 10
+"""Between two rounds of the mechanism, which enforces most things when the doorbell rings: is the agent alive, were messages lost?"""
 AGENT_ASKS = True
 """Its agent asks hostd which policy to run."""
 THREADS = 4_096

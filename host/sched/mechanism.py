@@ -38,7 +38,7 @@ class Mechanism(Protocol):
         """The doorbell rang, or one of `events` is readable: enforce what is to be enforced."""
 
     def tick(self) -> None:
-        """Called every 10 ms: is the agent alive, were messages lost, does a replay go on?"""
+        """Called every `TICK_MS`: is the agent alive, were messages lost, does a replay go on?"""
 
     def agent_here(self, generation: int) -> None:
         """A new agent is about to join: empty rings of that generation (1 to 2**24 - 1, each larger than the last), RESYNC, and the whole state."""

@@ -2,7 +2,7 @@
 
 Outside, with `--guests`, each test that was chosen stands for one run of it in each kernel: the first boots them, a guest a core, which run all tests in
 there, then each reports what became of it, as if it had run here. Without the option those of the folder guest/ are skipped, with the reason. Inside,
-`--reports-to` writes each report to a file line by line, so that a guest that dies half way still tells how far it came.
+the plugin `telling` writes them down.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import pytest
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 1_800
+INSIDE = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": str(HERE)}
+"""What is compiled outside runs inside as well: for no processor in particular, so that it is found in the cache. And the plugin `telling` is found."""
 sys.path.insert(0, str(HERE))  # tests are imported by their path, so what lies beside them has to be told where it is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--guests", metavar="SERIES,...", help="run the chosen tests in guests with these kernels (6.17,7.2), not here")
-    parser.addoption("--reports-to", metavar="FILE", help="in a guest: where the reports go")
 
 
 @pytest.hookimpl(trylast=True)  # when -k has chosen
@@ -96,8 +97,8 @@ def boot(kernel: Any, tests: list[str]) -> tuple[Any, Any, list[str]]:
         file, chosen = Path(folder, "reports"), Path(folder, "tests")
         chosen.write_text("\n".join(tests))
         command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers", "-q"]
-        command += [f"--reports-to={file}", f"@{chosen}"]
-        ended = run(kernel, command, timeout_s=TIMEOUT_S, share=Path(folder), environment=COMPILED, qemu=device)
+        command += ["-p", "telling", f"--reports-to={file}", f"@{chosen}"]
+        ended = run(kernel, command, timeout_s=TIMEOUT_S, share=Path(folder), environment=INSIDE, qemu=device)
         return kernel, ended, file.read_text().splitlines() if file.exists() else []
 
 
@@ -161,7 +162,7 @@ def _whole(reports: list[pytest.TestReport]) -> bool:
 
 
 def _compile() -> None:
-    done = subprocess.run([sys.executable, "-P", str(HERE / "compiled.py")], env={**os.environ, **COMPILED}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", str(HERE / "compiled.py")], env={**os.environ, **INSIDE}, capture_output=True, text=True)
     if done.returncode:
         pytest.exit(f"tests in guests: what runs in there does not compile out here:\n{done.stderr}", returncode=1)
 
@@ -191,29 +192,3 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
-
-
-# ── inside ──
-
-COMPILED = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-"""What is compiled outside runs inside as well: for no processor in particular, so that it is found in the cache."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if file := config.getoption("--reports-to", None):
-        config.pluginmanager.register(Reports(config, Path(file)))  # for all tests, not for those beside this file alone
-
-
-class Reports:
-    """Writes each report when it is made."""
-
-    def __init__(self, config: pytest.Config, file: Path):
-        self._config = config
-        self._file = file
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        line = json.dumps(self._config.hook.pytest_report_to_serializable(config=self._config, report=report), default=str)
-        with self._file.open("a") as reports:
-            reports.write(line + "\n")
-            reports.flush()
-            os.fsync(reports.fileno())
