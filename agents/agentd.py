@@ -150,6 +150,8 @@ class Served:
             if not facts.get("policy"):
                 raise ConfigError(f"{self.url}: neither hostd nor this agent names a policy; give one: wave agentd {self.url} POLICY")
             self._policy, self._params = facts["policy"], facts.get("params") or {}
+        if load_policy(self._policy).subsystem.SUBSYSTEM != facts["subsystem"]:
+            raise PolicyError(f"policy {self._policy!r} is of another subsystem than the enclave")
         self._bound, self._runtime = self._bind(facts, self._policy, self._params)
         return {"policy": self._policy, "params": self._params}
 
@@ -332,6 +334,8 @@ class Served:
 
 def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
+    global _ending
+    _ending = False
     sys.setswitchinterval(SWITCH_S)
     if not all(policy and getattr(load_policy(policy).subsystem, "PLAIN", False) for _, policy in urls):
         _compile()
@@ -351,7 +355,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             reception = import_module("waveos.agents.remote").Reception(addresses, orders, rows[len(urls) :], len(urls))
         look_ns = 0
         notify.ready()
-        while served or reception:
+        while (served or reception) and not _ending:
             if all(each.goes_round() for each in served):
                 notify.alive()
             if reception:
@@ -394,7 +398,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             reception.close()
         if teller:
             teller.close()
-    if last is not None:
+    if last is not None and not _ending:
         raise last
 
 
@@ -431,8 +435,12 @@ def _leave(_number: int, _frame: object) -> None:
     os._exit(0)  # nothing is begun, and a compiler is not to be interrupted by an exception
 
 
+_ending = False
+
+
 def _end(_number: int, _frame: object) -> None:
-    raise SystemExit(0)
+    global _ending
+    _ending = True  # seen between two steps: an exception could come anywhere, with a lock in mid-release, say
 
 
 if __name__ == "__main__":

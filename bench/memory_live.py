@@ -54,7 +54,7 @@ class Plan:
     """How long and how large, and what is hot. With `faster` 4 everything that takes time takes a quarter of it, in the database and in policies."""
 
     gib: float = 2.0
-    base_s: float = 8.0
+    base_s: float = 30.0
     settle_s: float = 30.0
     """After the agent has come, not counted: it reclaims what was cold from the start."""
     count_s: float = 60.0

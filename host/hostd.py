@@ -20,7 +20,7 @@ from typing import Any
 
 from waveos import log, notify
 from waveos.admin import USER as ADMIN_USER
-from waveos.errors import ConfigError, WaveError
+from waveos.errors import ConfigError, MissingError, PolicyError, WaveError
 from waveos.handover import Message
 from waveos.host import changes, privilege
 from waveos.host.doors import AgentDoor, Allowed, Client, ControlDoor
@@ -40,6 +40,8 @@ ASKED_AT_ONCE = 4
 """A client's questions that are answered together: each takes hostd a millisecond, in which no member runs on its CPU."""
 BACK_OFF_S = (0.1, 5.0)
 """An agent that died is started again after the first, doubled each time up to the second; one that lived longer than that begins anew."""
+HOPELESS = (ConfigError.exit_code, PolicyError.exit_code, MissingError.exit_code)
+"""Of a first agent: what it was told cannot be, and another would say so again."""
 STOP_S = 3.0
 CACHE = Path("/var/cache/waveos")
 """Compiled policies of agents that run as users without a home."""
@@ -61,6 +63,7 @@ class Hostd:
         self._attached_s = 0.0
         self._ticks = 0
         self._over = False
+        self._hopeless = 0
         self._faults = (0, 0)
         self._child: subprocess.Popen[bytes] | None = None
         self._child_s = self._again_s = 0.0
@@ -152,7 +155,7 @@ class Hostd:
             raise ConfigError(f"cannot take thread {tid} into the enclave: {error.strerror or error}") from error
 
     def run(self) -> int:
-        """Serve until stopped, or until nobody is left."""
+        """Serve until stopped, until nobody is left, or until its first agent says that it cannot begin."""
         notify.ready()
         try:
             while not self._over:
@@ -161,6 +164,8 @@ class Hostd:
         finally:
             notify.stopping()
             self.close()
+        if self._hopeless:
+            return self._hopeless
         if isinstance(self.enclave, Command):
             status = self.enclave.process.poll()
             return 0 if status is None else status if status >= 0 else 128 - status
@@ -249,6 +254,10 @@ class Hostd:
     def _look_after_agent(self) -> None:
         """Start an agent that died again, after a while that grows."""
         if self._child is not None and (status := self._child.poll()) is not None:
+            if status in HOPELESS and not self._attachments:
+                self._tell(f"its agent cannot begin (status {status}; it has said why), so the enclave ends", "error", status=status)
+                self._child, self._hopeless, self._over = None, status, True
+                return
             lived_s = time.monotonic() - self._child_s
             self._back_off_s = BACK_OFF_S[0] if lived_s > BACK_OFF_S[1] else min(2 * self._back_off_s, BACK_OFF_S[1])
             line = f"its agent (pid {self._child.pid}) ended with status {status}; another starts in {self._back_off_s:g} s"

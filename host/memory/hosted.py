@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from waveos.errors import ConfigError, WaveError
+from waveos.explain import explain_errors
 from waveos.handover import Message
 from waveos.host.enclave import find_cgroup
 from waveos.host.memory.advise import Advisor
@@ -21,17 +24,12 @@ from waveos.host.restore import Entry, Journal, kind
 from waveos.host.rings import Rings
 from waveos.host.settings import Settings
 from waveos.memory.records import DECISION, SUBSYSTEM
-from waveos.names import nearest
 
 PRIORITY = 0
 """An ordinary process: a look at all pages takes it tens of milliseconds, which nobody shall wait for."""
 TICK_MS = 50
 """Between two rounds of the mechanism. Reclaiming knows no hurry, and each round takes half a millisecond of a host's CPU, which is what offload is to free."""
 AGENT_ASKS = False
-SETTINGS = {"batch_kib": 2_048, "pass_ms": 2_400.0, "quota_mib_per_s": 0.0, "stall_share": 0.0, "silent_s": 10.0}
-"""What `--setting` may say. A batch is a mapping of that size; between two looks at all pages is `pass_ms` at least; quota and stall are what the operator
-allows (0: as the policy likes); an agent that gives no sign of life for `silent_s` counts as lost until it does."""
-
 __all__ = ["AGENT_ASKS", "PRIORITY", "SUBSYSTEM", "TICK_MS", "claims", "facts", "find_members", "make"]
 
 
@@ -84,14 +82,26 @@ def facts(_told: Settings, _enclave: Members, _driver: Any) -> Message:
     return {}
 
 
+class Choices(BaseModel):
+    """What `--setting` (or `[settings]`) may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    batch_kib: int = Field(2_048, ge=4, le=1 << 20, multiple_of=4, description="the KiB of a batch, which is a mapping of that size: a multiple of 4, 4 to 1048576")
+    pass_ms: float = Field(2_400.0, gt=0, le=1e7, description="milliseconds, more than 0, between two looks at all pages at least")
+    quota_mib_per_s: float = Field(0.0, ge=0, le=1e6, description="MiB, 0 to 1000000, that may be reclaimed a second; 0: as the policy likes")
+    stall_share: float = Field(0.0, ge=0, le=1, description="the share of time, 0 to 1, that may be lost to stalls; 0: as the policy likes")
+    silent_s: float = Field(10.0, gt=0, le=1e6, description="seconds, more than 0, after which an agent that gives no sign of life counts as lost until it does")
+
+
 def make(told: Settings, enclave: Members, journal: Journal, say: Callable[[str], None]) -> Driver:
     """The mechanism behind rings. Raises ConfigError."""
-    for name in told.settings:
-        if name not in SETTINGS:
-            raise ConfigError(f"memory has no setting {name!r}{nearest(name, SETTINGS)}; it has: {', '.join(SETTINGS)}")
+    try:
+        choices = Choices.model_validate(told.settings)
+    except ValidationError as error:
+        raise ConfigError(explain_errors(error, Choices, told.settings, source="memory's settings")) from None
     journal.note("cgroup", __name__, what=os.fspath(enclave.path))
-    settings = {**SETTINGS, **told.settings}
-    return Driver(MemoryCgroup(enclave.path, journal), settings, _find_sensor(int(settings["batch_kib"]) << 10, journal, say), say)
+    return Driver(MemoryCgroup(enclave.path, journal), choices, _find_sensor(choices.batch_kib << 10, journal, say), say)
 
 
 def _find_sensor(batch_bytes: int, journal: Journal, say: Callable[[str], None]) -> Damon | Referenced:
@@ -110,9 +120,10 @@ class Driver:
     capabilities = ("CAP_SYS_PTRACE",)
     """Beside hostd's own: other processes' access bits, and advice for them."""
 
-    def __init__(self, cgroup: MemoryCgroup, settings: dict[str, Any], sensor: Damon | Referenced, say: Callable[[str], None]) -> None:
+    def __init__(self, cgroup: MemoryCgroup, choices: Choices, sensor: Damon | Referenced, say: Callable[[str], None]) -> None:
         self._say = say
-        self._silent_ns = int(settings.pop("silent_s") * 1e9)
+        self._silent_ns = int(choices.silent_s * 1e9)
+        settings = choices.model_dump(exclude={"silent_s"})
         self.mechanism = MemoryMechanism(cgroup, advisor=Advisor, sensor=sensor, faults=self._watch_faults(), say=say, **settings)
         self._rings = Rings(SUBSYSTEM)
         self.queues = self._rings.queues

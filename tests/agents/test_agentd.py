@@ -297,6 +297,28 @@ def test_a_policy_that_fails_ends_its_enclave_alone(tmp_path, capfd):
     assert lines[1].startswith("wave: policy 'bad'") and len(lines) == 2
 
 
+SIGNALLED = """
+import os, signal, sys
+from waveos.agents import agentd
+from waveos.cli import run
+
+wait = agentd.Task.some_done.wait
+
+def signalled(timeout):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on", flush=True)
+    return wait(timeout)
+
+agentd.Task.some_done.wait = signalled
+sys.exit(run(["agentd", "shm:///nowhere/agent.sock", "fifo"]))
+"""
+
+
+def test_a_signal_ends_the_agent_after_what_it_is_in_the_middle_of():
+    ended = subprocess.run([sys.executable, "-P", "-c", SIGNALLED], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -208,6 +208,25 @@ def test_a_policy_that_cannot_be_had_leaves_the_old_one_running(world, capsys):
     assert world.status()["attachments"] == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--policy", "nope"), "nope"),
+        (("--policy", "fifo", "--param", "quantum=1"), "has no parameter 'quantum'"),
+        (("--policy", "sol"), "policy 'sol' is of another subsystem"),
+    ],
+    ids=["no policy", "no parameter", "another subsystem"],
+)
+def test_a_first_agent_that_cannot_begin_ends_hostd_with_its_line_and_its_status(world, arguments, says):
+    before = world.nices()
+    hostd = world.hostd(*arguments)
+    told = said(hostd)
+    assert hostd.returncode == 3
+    assert sum(says in line for line in told.splitlines()) == 1
+    assert told.splitlines()[-1].endswith("its agent cannot begin (status 3; it has said why), so the enclave ends")
+    assert world.nices() == before
+
+
 def test_a_second_agent_is_refused_until_the_first_is_gone(world):
     world.hostd("--no-agent")
     first = world.agentd("fifo")

@@ -235,6 +235,13 @@ def test_the_next_hostd_puts_back_what_a_killed_one_left(world):
     assert world.limit() == limit
 
 
+def test_a_policy_of_another_subsystem_ends_hostd_with_the_agents_status(world):
+    limit = world.limit()
+    world.manage("fifo")
+    assert world.hostd.wait(DEADLINE_S) == 3
+    assert world.limit() == limit
+
+
 def test_a_limit_goes_when_its_agent_is_killed_comes_with_the_next_and_goes_with_hostd(world):
     limit = world.limit()
     world.manage("static", limit_mib=100)

@@ -72,7 +72,7 @@ def agentd(
     daemon.run_agent(urls, orders)
 
 
-def parameter(text: str) -> tuple[str, float]:
+def parameter(text: str, option: str = "--param") -> tuple[str, float]:
     """KEY=NUMBER as a pair. Raises ConfigError."""
     key, separator, value = text.partition("=")
     try:
@@ -80,4 +80,4 @@ def parameter(text: str) -> tuple[str, float]:
             raise ValueError
         return key, float(value)
     except ValueError:
-        raise ConfigError(f"--param {text!r}: write KEY=NUMBER") from None
+        raise ConfigError(f"{option} {text!r}: write KEY=NUMBER") from None

@@ -60,7 +60,7 @@ def hostd(
         "hostd.cpu": hostd_cpu,
         "hostd.group": group,
         **{f"params.{key}": value for key, value in map(parameter, param or [])},
-        **{f"settings.{key}": int(value) if value.is_integer() else value for key, value in map(parameter, setting or [])},
+        **{f"settings.{key}": int(value) if value.is_integer() else value for key, value in (parameter(each, "--setting") for each in setting or [])},
     }
     settings = import_module("waveos.host.settings").read(config, flags)
     status: int = import_module("waveos.host.hostd").serve(settings)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waveos import ring
-from waveos.errors import LinkError
+from waveos.errors import LinkError, PolicyError
 from waveos.handover import Message, hear, tell
 from waveos.link import MESSAGES, TXNS
 from waveos.link.segment import KINDS
@@ -39,7 +39,8 @@ class Handed:
     owned = False
 
     def __init__(self, path: str, subsystem: int, prepare: Prepare, about: Message) -> None:
-        """Raises LinkError if nobody listens there, Refused if hostd does not want this agent, and what `prepare` raises."""
+        """Raises LinkError if nobody listens there, Refused if hostd does not want this agent, PolicyError if its policy is for another subsystem, and
+        what `prepare` raises."""
         self.path, self.doorbell = path, -1
         self._queues: list[Words] = []
         self._requests: list[Message] = []
@@ -57,7 +58,7 @@ class Handed:
             tell(self._line, {"hello": {"version": VERSION, **about}})
             self.facts: Message = self._answer("facts")[0]
             if self.facts["subsystem"] != subsystem:
-                raise LinkError(
+                raise PolicyError(
                     f"{path} is of an enclave of subsystem {self.facts['subsystem']}, this policy is for {subsystem}: choose another policy"
                 )
             self.attach(prepare(self.facts))
