@@ -87,11 +87,15 @@ class Choices(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    batch_kib: int = Field(2_048, ge=4, le=1 << 20, multiple_of=4, description="the KiB of a batch, which is a mapping of that size: a multiple of 4, 4 to 1048576")
+    batch_kib: int = Field(
+        2_048, ge=4, le=1 << 20, multiple_of=4, description="KiB of a batch, which is a mapping of that size: a multiple of 4, 4 to 1048576"
+    )
     pass_ms: float = Field(2_400.0, gt=0, le=1e7, description="milliseconds, more than 0, between two looks at all pages at least")
     quota_mib_per_s: float = Field(0.0, ge=0, le=1e6, description="MiB, 0 to 1000000, that may be reclaimed a second; 0: as the policy likes")
     stall_share: float = Field(0.0, ge=0, le=1, description="the share of time, 0 to 1, that may be lost to stalls; 0: as the policy likes")
-    silent_s: float = Field(10.0, gt=0, le=1e6, description="seconds, more than 0, after which an agent that gives no sign of life counts as lost until it does")
+    silent_s: float = Field(
+        10.0, gt=0, le=1e6, description="seconds, more than 0, after which an agent that gives no sign of life counts as lost until it does"
+    )
 
 
 def make(told: Settings, enclave: Members, journal: Journal, say: Callable[[str], None]) -> Driver:
