@@ -150,7 +150,8 @@ class Served:
             if not facts.get("policy"):
                 raise ConfigError(f"{self.url}: neither hostd nor this agent names a policy; give one: wave agentd {self.url} POLICY")
             self._policy, self._params = facts["policy"], facts.get("params") or {}
-        if facts["subsystem"] != load_policy(self._policy).subsystem.SUBSYSTEM:
+        mine = load_policy(self._policy).subsystem.SUBSYSTEM
+        if facts.get("subsystem", mine) != mine:  # a BAR's layout says it instead
             raise PolicyError(f"policy {self._policy!r} is of another subsystem than the enclave")
         self._bound, self._runtime = self._bind(facts, self._policy, self._params)
         return {"policy": self._policy, "params": self._params}

@@ -95,7 +95,12 @@ async def _load(url: str, texts: list[str], at: Any, outputs: int) -> list[dict[
     import openai
 
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120.0) as client:
-        model = (await client.models.list()).data[0].id
+        try:
+            model = (await client.models.list()).data[0].id
+        except openai.OpenAIError as error:
+            raise WaveError(f"{url}: {error}: is a server there, and is this its base URL, with /v1?") from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # what the client makes of an answer that is no list
+            raise WaveError(f"{url}: it lists no model: is this the base URL of an OpenAI-compatible endpoint, with /v1?") from error
         begin = time.monotonic()
 
         async def one(number: int) -> dict[str, Any]:

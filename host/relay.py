@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from waveos import log, ring
-from waveos.errors import LinkError
+from waveos.errors import ConfigError, LinkError, PolicyError
+from waveos.keys import Keys
 from waveos.link import open_link
 from waveos.link.device import Device
 from waveos.primitives import CoherentMemory, clock_ns, ring_doorbell
@@ -41,6 +42,7 @@ class Relay:
         self._about: dict[str, Any] = {}
         self._joins = 0
         self._bell = 0
+        self._said = ""
 
     def run(self) -> None:
         """Until it is stopped."""
@@ -54,6 +56,9 @@ class Relay:
                     with near:
                         _say(f"{self.near_url} is joined to {self.far_url}")
                         self._carry(near)
+                except PolicyError:
+                    name = self.subsystem.__name__.rpartition(".")[2]
+                    raise ConfigError(f"{self.near_url} is of an enclave that is not for {name}: say with --subsystem what it is for") from None
                 except LinkError as error:
                     if getattr(error, "final", False):
                         raise
@@ -71,7 +76,14 @@ class Relay:
             self.far = None
         if self.far is None:
             self._about = about
-            self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, **self._options)
+            try:
+                self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, **self._options)
+            except LinkError as error:
+                if not getattr(error, "final", False) and str(error) != self._said:  # the near link tries again, and says nothing
+                    self._said = str(error)
+                    _say(self._said)
+                raise
+            self._said = ""
             _say(f"waits for an agent at {self.far_url}")
         self.far.await_agent(math.inf)
         self._joins = self.far.peer_joins()
@@ -144,11 +156,15 @@ class Relay:
 
 
 def run_relay(near: str, far: str, subsystem: Any, **options: Any) -> None:
-    """Carry until SIGTERM or SIGINT. Raises LinkError if the far address is none, or if hostd does not want an agent of this user."""
+    """Carry until SIGTERM or SIGINT. Raises LinkError if the far address is none, a key of the link is missing, or hostd does not want an agent of this
+    user; ConfigError if the enclave is of another subsystem."""
     if far.startswith("bar://"):
         Device(far, "host").close()
     else:
-        import_module("waveos.link.zmq").parse_url(far)
+        peer, _ = import_module("waveos.link.zmq").parse_url(far)
+        keys = Keys(options.get("keys"))
+        keys.own()
+        keys.peer(peer)
         options = {"say": _say, **options}
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)

@@ -56,7 +56,8 @@ class Admin:
         pb, stubs = import_module("waveos.proto.admin_pb2"), import_module("waveos.proto.admin_pb2_grpc")
         self._pb, self._figures = pb, import_module("waveos.figures")
         self._where = os.environ.get("WAVE_ADMIN", "")
-        if self._where:
+        self._far = _split(self._where) if self._where else None
+        if self._far:
             channel = self._grpc.secure_channel(self._where, self._credentials())
         else:
             path = socket_path(control)
@@ -70,10 +71,10 @@ class Admin:
         place = os.environ.get("WAVE_ADMIN_TLS")
         if not place:
             raise ConfigError(f"WAVE_ADMIN={self._where} is asked with mutual TLS: name the folder of cert.pem, key.pem and ca.pem in WAVE_ADMIN_TLS")
-        try:
-            ca, key, cert = ((Path(place) / name).read_bytes() for name in ("ca.pem", "key.pem", "cert.pem"))
-        except OSError as error:
-            raise ConfigError(f"WAVE_ADMIN_TLS: {error.filename}: {error.strerror}") from None
+        cert, key, ca = (Path(place) / name for name in ("cert.pem", "key.pem", "ca.pem"))
+        files = import_module("waveos.host.tls").Tls(cert, key, ca, called=("WAVE_ADMIN_TLS",) * 3)
+        files.check()
+        key, cert, ca = files.read()
         return self._grpc.ssl_channel_credentials(ca, key, cert)
 
     def __enter__(self) -> Admin:
@@ -96,7 +97,21 @@ class Admin:
                 raise ConfigError(line) from None
             if code is codes.DEADLINE_EXCEEDED:
                 raise LinkError(f"the administration at {self._where} does not answer in time") from None
+            if code is codes.UNAVAILABLE and "received from peer" not in error.debug_error_string():  # gRPC's own words, not the administration's
+                line = self._why_not()
             raise LinkError(f"the administration at {self._where}: {line}") from None
+
+    def _why_not(self) -> str:
+        if not self._far:
+            return "it has ended, or another has taken its place: ask again"
+        try:
+            socket.create_connection(self._far, ANSWER_S).close()
+        except OSError as error:
+            return f"nobody answers ({error.strerror or error}): mend WAVE_ADMIN, or start `wave admin --listen` there"
+        return (
+            "it lets nobody in with these certificates, or has just ended: has the CA of its --clients signed cert.pem, and the CA in ca.pem its certificate, "
+            "which names that host?"
+        )
 
     def status(self, enclave: str = "") -> Status:
         """Of one enclave; its name may be left out where there is one."""
@@ -139,12 +154,21 @@ class Admin:
 
 def import_grpc() -> Any:
     """grpc, with what was generated for it. Raises MissingError."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is said here, in words; gRPC reads it when it is imported
     try:
         import_module("waveos.proto.admin_pb2_grpc")
         return import_module("grpc")
     except (ImportError, RuntimeError) as error:
         why = f"{error}".splitlines()[0] if error.args else "?"
         raise MissingError(f"administration needs grpcio and protobuf ({why}): pip install 'waveos[host]'") from None
+
+
+def _split(address: str) -> tuple[str, int]:
+    """HOST:PORT. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ConfigError(f"WAVE_ADMIN={address!r}: write HOST:PORT, as in host:7443")
+    return host.strip("[]"), int(port)
 
 
 def _knock(path: Path, start: bool) -> None:

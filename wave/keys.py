@@ -37,10 +37,13 @@ class Key:
     created: float = 0.0
     expires: float | None = None
     revoked: float | None = None
+    trouble: str = ""  # of a file that cannot be read, and then there is no more than its name
 
     @property
     def state(self) -> str:
-        """ "valid", "expired" or "revoked", now."""
+        """ "valid", "expired", "revoked" or "malformed", now."""
+        if self.trouble:
+            return "malformed"
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and time.time() >= self.expires else "valid"
@@ -84,6 +87,8 @@ class Keys:
             if name in valid:
                 return valid[name]
             known = next((key for key in self.peers() if key.name == name), None)
+            if known and known.trouble:
+                raise LinkError(known.trouble)
             why = f"has {_since(known)}" if known else f"is not known{nearest(name, valid)}"
             raise LinkError(f"the peer {name!r} {why}: get its key with `wave keys list` there, and `wave keys add {name} KEY` here")
         if not valid:
@@ -110,10 +115,8 @@ class Keys:
         if changed_ns == self._seen_ns and time.time_ns() - changed_ns > 2e9:
             return
         found: dict[str, Key] = {}
-        for path in (self.folder / "peers").glob("*.toml"):
-            try:
-                key = _read(path, path.stem)
-            except LinkError:
+        for key in self.peers():
+            if key.trouble:
                 continue  # `wave keys list` says what is wrong with it; meanwhile nobody has that key
             if key.public not in found or found[key.public].state == "valid":  # one key under two names: it is valid where both are
                 found[key.public] = key
@@ -154,25 +157,37 @@ class Keys:
 
     def revoke(self, name: str) -> Key:
         """Let the peer speak no more; running daemons drop what it sends within a second. Raises ConfigError if there is none."""
-        known = {key.name: key for key in self.peers()}
-        if name not in known:
-            raise ConfigError(f"no peer {name!r}{nearest(name, known)}; known: {', '.join(sorted(known)) or 'none'}")
-        key = known[name]
+        files = {path.stem: path for path in self._files()}
+        if name not in files:
+            raise ConfigError(f"no peer {name!r}{nearest(name, files)}; known: {', '.join(files) or 'none'}")
+        key = _read(files[name], name)
         if key.revoked is None:
             key = replace(key, revoked=time.time())
-            _write(self.folder / "peers" / f"{name}.toml", key)
+            _write(files[name], key)
         return key
 
     def peers(self) -> list[Key]:
-        """All peers by name, also those who may not speak. Raises LinkError for a file that cannot be read."""
-        return [_read(path, path.stem) for path in sorted((self.folder / "peers").glob("*.toml"))]
+        """All peers by name, also those who may not speak, and those whose file cannot be read: `trouble` says why."""
+        found = []
+        for path in self._files():
+            try:
+                found.append(_read(path, path.stem))
+            except LinkError as error:
+                found.append(Key(path.stem, "", trouble=str(error)))
+        return found
+
+    def _files(self) -> list[Path]:
+        return sorted((self.folder / "peers").glob("*.toml"))
 
 
 def _read(path: Path, name: str) -> Key:
+    mend = "remove it, or add the key anew" if path.parent.name == "peers" else "make a new one with `wave keys new --replace`"
     try:
         fields = tomllib.loads(path.read_text())
+    except PermissionError:
+        raise LinkError(f"the key file {path} is not for this user: give it to the user that the daemon runs as") from None
     except (OSError, ValueError) as error:
-        raise LinkError(f"the key file {path} cannot be read: {error}") from None
+        raise LinkError(f"the key file {path} cannot be read ({error}); {mend}") from None
     times = [fields.get(each) for each in ("created", "expires", "revoked")]
     if (
         not fields.keys() <= _FIELDS
@@ -180,14 +195,21 @@ def _read(path: Path, name: str) -> Key:
         or "public" not in fields
         or not all(each is None or isinstance(each, datetime.datetime) for each in times)
     ):
-        raise LinkError(f"the key file {path} is malformed: it says public = 64 hexadecimal digits, and dates; make it anew with `wave keys`")
+        raise LinkError(f"the key file {path} is malformed: it is to say public = 64 hexadecimal digits, and dates; {mend}")
     created, expires, revoked = (each.timestamp() if isinstance(each, datetime.datetime) else None for each in times)
     return Key(name, fields["public"], fields.get("secret", ""), created or 0.0, expires, revoked)
 
 
 def _write(path: Path, key: Key) -> None:
-    """Whole or not at all, and never readable by others where it holds a secret."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if key.secret else 0o755)
+    """Whole or not at all, never readable by others where it holds a secret, and whatever the umask is."""
+    folder, keys = path.parent, path.parent if key.secret else path.parent.parent
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o700 if key.secret else 0o755)
+        if folder != keys:
+            made = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            os.fchmod(made, 0o755)
+            _give(made, keys)
+            os.close(made)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [f'public = "{key.public}"', *([f'secret = "{key.secret}"'] if key.secret else [])]
     lines += [
@@ -195,12 +217,14 @@ def _write(path: Path, key: Key) -> None:
         for name, at in (("created", key.created), ("expires", key.expires), ("revoked", key.revoked))
         if at is not None
     ]
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if key.secret else 0o644)
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # where root writes into another's folder, never through that one's link
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write("\n".join(lines) + "\n")
             file.flush()
-            _give(file.fileno(), path.parent)
+            os.fchmod(file.fileno(), 0o600 if key.secret else 0o644)
+            _give(file.fileno(), keys)
             os.fsync(file.fileno())
         fresh.replace(path)
     except BaseException:
@@ -208,11 +232,11 @@ def _write(path: Path, key: Key) -> None:
         raise
 
 
-def _give(descriptor: int, folder: Path) -> None:
-    """To the folder's owner: where root writes the keys of a service that runs as another user, that one is to read them."""
-    owner = folder.stat()
+def _give(made: int, keys: Path) -> None:
+    """To the owner of the folder of keys: where root writes those of a service that runs as another user, that one is to read them."""
+    owner = keys.stat()
     if os.geteuid() == 0 and owner.st_uid != 0:
-        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        os.fchown(made, owner.st_uid, owner.st_gid)
 
 
 def _end(days: float | None) -> float | None:

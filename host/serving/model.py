@@ -23,6 +23,8 @@ Ints = npt.NDArray[np.int64]
 SPOKEN = np.array([10, *range(32, 127)])
 """What the model may say: printable text, so that a token is a character."""
 _EPSILON = 1e-6
+_COLDEST = 1e-6
+"""A temperature below it says what this one does: the likeliest."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def choose(row: Floats, temperature: float = 0.0, draw: Callable[[], float] | No
     second, best = np.partition(row, -2)[-2:]
     at = int(np.argmax(row))
     if temperature > 0.0 and draw is not None:
-        share = np.exp((row - best) / temperature)
+        share = np.exp((row - best) / max(temperature, _COLDEST))
         at = min(int(np.searchsorted(np.cumsum(share / share.sum()), draw())), len(row) - 1)
     return int(SPOKEN[at]), float(best - second)
 

@@ -163,10 +163,10 @@ class Reference:
         if not tokens or not all(0 <= each < VOCABULARY for each in tokens) or outputs < 1:
             raise ConfigError(f"a request of {len(tokens)} tokens, {outputs} to generate: at least one each, below {VOCABULARY}")
         keys, sizes = name_blocks(tokens, self.block)
+        draw = np.random.default_rng(seed % 2**64).random  # a client's may be negative
         self.mechanism.now_ns = time.monotonic_ns()
         request = self.mechanism.arrive(number, len(tokens), outputs, keys, sizes)
         room = len(tokens) + outputs
-        draw = np.random.default_rng(seed).random
         self.sequences[number] = Sequence_(request, list(tokens), stop, temperature, draw, np.full(room, -1), np.zeros(room, bool))
         return request
 

@@ -16,6 +16,8 @@ from waveos.ipu_emulator.serving.cost import BYTES, Costs
 from waveos.serving import Recovery
 
 _DATA = Path(__file__).parents[1] / "data"
+_LONGEST_S = 2**62 / 1e9
+"""Of a trace: in ns it is a 64-bit number."""
 
 
 class RecoveryConstants(BaseModel):
@@ -92,9 +94,11 @@ def read_fault_trace(path: Path) -> list[Alive]:
                 at, alive = float(fields[0]) / 1e3, alive + (1 if fields[1] == "add" else -1)
             else:
                 at, alive = datetime.fromisoformat(f"{fields[0]} {fields[1]}").timestamp(), int(fields[2])
-        except (ValueError, IndexError):
+            begin = begin if found else at
+            if not at - begin < _LONGEST_S:  # NaN, too
+                raise ValueError
+        except (ValueError, IndexError, OverflowError):
             raise ConfigError(f"{path}:{number}: {line.strip()!r}; wanted: DATE, TIME, ALIVE or MS,add|remove,NODE") from None
-        begin = at if not found else begin
         if alive < 0 or (found and at - begin < found[-1].at_s):
             raise ConfigError(f"{path}:{number}: {'fewer than no GPUs are alive' if alive < 0 else 'time goes back'}")
         found.append(Alive(at - begin, alive))

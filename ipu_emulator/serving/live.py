@@ -82,10 +82,10 @@ class Emulated:
 
     def leave(self, number: int) -> None:
         """Its client is gone."""
-        if self.talks.pop(number, None) is not None:
-            self._catch_up()
-            self.mechanism.now_ns = self.clock.now_ns
-            self.mechanism.leave(number)
+        self.talks.pop(number, None)
+        self._catch_up()
+        self.mechanism.now_ns = self.clock.now_ns
+        self.mechanism.leave(number)
 
     def advance(self, timeout_s: float = 0.0) -> bool:
         """Let virtual time come to the present, or to the next event, and tell of the tokens that are due."""

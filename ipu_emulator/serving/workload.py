@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,12 @@ _FILE = Path(__file__).parents[1] / "data" / "serving" / "workloads.toml"
 SPAN = 2_048
 """Tokens of a block of a synthetic prompt: what is shared ends where a block ends."""
 MOONCAKE_BLOCK = 512
+MOST_TOKENS = SPAN << 12
+"""Of a prompt, and of an output, in a trace: 12 bits of a block's id are its place."""
+END = 1 << 62
+"""Ids and times (ns) in a trace are below it: they are 64-bit numbers."""
 S = 1_000_000_000
+_AZURE_TIME = re.compile(r"(.{19})(?:\.([0-9]{1,9}))?(Z|[+-][0-9]{2}:[0-9]{2})?")
 
 
 @dataclass(slots=True)
@@ -129,13 +135,16 @@ def read_mooncake(path: Path, limit: int = 0) -> Workload:
                 int(row["output_length"]),
                 [int(each) + 1 for each in row["hash_ids"]],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{path}:{number}: not a request of a Mooncake trace ({type(error).__name__}: {error})") from None
+        _check_tokens(path, number, prompt, outputs)
         blocks = -(-prompt // MOONCAKE_BLOCK)
-        if prompt < 1 or outputs < 0 or blocks != len(ids):
+        if blocks != len(ids):
             raise ConfigError(
                 f"{path}:{number}: {prompt} tokens of input, {outputs} of output and {len(ids)} blocks; {blocks} blocks of {MOONCAKE_BLOCK} are wanted"
             )
+        if not all(0 < each < END for each in ids):
+            raise ConfigError(f"{path}:{number}: one of the hash_ids is not within 0 to 2^62 - 2")
         sizes = [MOONCAKE_BLOCK] * blocks
         sizes[-1] = prompt - MOONCAKE_BLOCK * (blocks - 1)
         _check_order(path, number, asks, at * 1_000_000)
@@ -146,7 +155,10 @@ def read_mooncake(path: Path, limit: int = 0) -> Workload:
 
 
 def read_azure(path: Path, limit: int = 0) -> Workload:
-    """A trace in the format of AzurePublicDataset's LLM traces: `TIMESTAMP,ContextTokens,GeneratedTokens`; nothing is shared. Raises ConfigError."""
+    """A trace in the format of AzurePublicDataset's LLM traces: `TIMESTAMP,ContextTokens,GeneratedTokens`; nothing is shared. Raises ConfigError.
+
+    A timestamp is as 2023-11-16 18:17:03.9799600, in UTC, or with an offset, as 2024-05-10 00:00:00.009930+00:00.
+    """
     asks: list[Ask] = []
     begin = 0
     for number, line in _lines(path):
@@ -156,14 +168,15 @@ def read_azure(path: Path, limit: int = 0) -> Workload:
             continue
         try:
             when, prompt_text, outputs_text = next(csv.reader([line]))
-            seconds, _, fraction = when.partition(".")
-            at = round(datetime.fromisoformat(seconds).timestamp()) * S + int((fraction + "000000000")[:9])
+            if (time := _AZURE_TIME.fullmatch(when)) is None:
+                raise ValueError(f"{when!r:.60} is not a time")
+            seconds, fraction, offset = time.groups(default="")
+            at = round(datetime.fromisoformat(seconds + (offset or "Z")).timestamp()) * S + int(fraction.ljust(9, "0"))
             prompt, outputs = int(prompt_text), int(outputs_text)
-        except ValueError as error:
+        except (ValueError, OverflowError, csv.Error) as error:
             raise ConfigError(f"{path}:{number}: not a request of an Azure trace ({error})") from None
-        if prompt < 1 or outputs < 0:
-            raise ConfigError(f"{path}:{number}: {prompt} tokens of input and {outputs} of output")
-        begin = begin or at
+        _check_tokens(path, number, prompt, outputs)
+        begin = begin if asks else at
         _check_order(path, number, asks, at - begin)
         sizes = _split(prompt)
         blocks = [1 << 50 | number << 12 | at_block for at_block in range(len(sizes))]
@@ -183,6 +196,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
+def _check_tokens(path: Path, number: int, prompt: int, outputs: int) -> None:
+    if not (1 <= prompt <= MOST_TOKENS and 0 <= outputs <= MOST_TOKENS):
+        raise ConfigError(
+            f"{path}:{number}: {prompt} tokens of input and {outputs} of output; {MOST_TOKENS} at most of each, and one of input at least"
+        )
+
+
 def _check_order(path: Path, number: int, asks: list[Ask], at_ns: int) -> None:
     if at_ns < 0 or (asks and at_ns < asks[-1].at_ns):
         raise ConfigError(f"{path}:{number}: time goes back; a trace is in the order of its arrivals")
+    if at_ns >= END:
+        raise ConfigError(f"{path}:{number}: a time that 64 bits do not hold in ns")

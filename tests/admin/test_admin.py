@@ -15,7 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from stand_in import DEADLINE_S, REPORT, STATUS, until
+from stand_in import DEADLINE_S, REPORT, STATUS, WAVE, until
 
 from waveos import admin, figures
 from waveos.admin import Admin
@@ -208,17 +208,39 @@ def test_over_tcp_certificates_say_who_may_read_and_who_may_order(world, certifi
     be("operator")
     with Admin(control=True) as asked:
         assert asked.set_policy("web", "shinjuku")["was"] == "fifo"
-    for name in ("stranger", "expired"):
-        be(name)
-        web.asked.clear()
-        with Admin() as asked, pytest.raises(LinkError):
-            asked.status("web")
-        assert web.asked == []
+    be("stranger")
+    web.asked.clear()
+    with Admin() as asked, pytest.raises(LinkError, match="lets nobody in with these certificates"):
+        asked.status("web")
+    assert web.asked == []
+    be("expired")
+    with pytest.raises(ConfigError, match="expired on"):
+        Admin()
     monkeypatch.delenv("WAVE_ADMIN_TLS")
     with pytest.raises(ConfigError, match="name the folder of"):
         Admin()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as plain, pytest.raises(grpc.FutureTimeoutError):  # without TLS nobody is heard
         grpc.channel_ready_future(plain).result(timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("address", "cert", "code", "says"),
+    [
+        ("foo", "reader", 2, "WAVE_ADMIN='foo': write HOST:PORT"),
+        ("localhost:7443", "junk", 2, "cert.pem: no certificate in PEM"),
+        ("localhost:7443", "operator", 2, "is not the key of"),
+        ("localhost:1", "reader", 4, "nobody answers (Connection refused)"),
+        ("wave.invalid:7443", "reader", 4, "nobody answers ("),
+    ],
+)
+def test_what_is_wrong_with_another_machines_administration_is_one_line(certificates, tmp_path, address, cert, code, says) -> None:
+    (tmp_path / "cert.pem").write_text("junk" if cert == "junk" else (certificates / f"{cert}.pem").read_text())
+    shutil.copy(certificates / "reader.key", tmp_path / "key.pem")
+    shutil.copy(certificates / "ca.pem", tmp_path / "ca.pem")
+    surroundings = {**os.environ, "WAVE_ADMIN": address, "WAVE_ADMIN_TLS": str(tmp_path)}
+    done = subprocess.run([*WAVE, "status", "web"], env=surroundings, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_what_is_wrong_with_the_address_or_the_files_is_said_in_one_line(world, certificates, tmp_path) -> None:

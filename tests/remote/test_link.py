@@ -184,11 +184,26 @@ def test_verbs_of_the_other_side_are_refused(machines):
 
 
 @pytest.mark.parametrize(
-    "url", ["zmq+tcp://dpu", "zmq+tcp://dpu:0", "zmq+tcp://dpu:99999", "zmq+tcp://:5555", "zmq+tcp://a@b@c:1", "zmq+tcp://dpu:5555/x"]
+    "url",
+    [
+        "zmq+tcp://dpu",
+        "zmq+tcp://dpu:0",
+        "zmq+tcp://dpu:99999",
+        "zmq+tcp://:5555",
+        "zmq+tcp://a@b@c:1",
+        "zmq+tcp://dpu:5555/x",
+        "zmq+tcp://a b:5555",
+        "zmq+tcp://-dpu:5555",
+    ],
 )
 def test_an_address_that_is_none_is_told_how_to_write_it(url):
     with pytest.raises(LinkError, match="write zmq\\+tcp://HOST:PORT"):
         parse_url(url)
+
+
+def test_a_host_that_connects_to_all_addresses_is_told_to_name_one(machines):
+    with pytest.raises(LinkError, match="name a host"):
+        open_link(f"zmq+tcp://*:{machines.port}", side="host", keys=machines.host)
 
 
 def test_an_address_in_use_is_said_to_be(machines):

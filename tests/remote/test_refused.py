@@ -127,6 +127,37 @@ def test_an_own_key_that_has_expired_is_said_to_be(machines, tmp_path, monkeypat
         machines.link("host", keys=keys)
 
 
+def test_a_host_that_is_refused_goes_on_trying_though_its_own_key_expires_meanwhile(machines, tmp_path, monkeypatch):
+    agent = machines.link("agent")
+    stranger = Keys(tmp_path / "stranger")
+    public = stranger.new(days=1).public
+    stranger.add("dpu", machines.dpu.own().public)
+    host = machines.link("host", keys=stranger)  # the agent lets nobody in, and refuses nobody, until one of its verbs is called
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
+    until(lambda: agent.peer_alive() or f"wave keys add NAME {public}" in host.trouble, host.trouble)
+    machines.dpu.add("stranger", public)
+    until(lambda: agent.peer_alive() and host._session is not None, "its thread has died")
+
+
+def test_a_host_whose_key_is_replaced_is_at_no_moment_refused(machines):
+    host, agent = machines.both()
+    old = machines.host.own().public
+    machines.dpu.add("h1-new", machines.host.new(replace=True).public)
+    host.send_messages(np.zeros(1, MESSAGE))
+    until(lambda: len(agent.poll_messages()), "who runs has the old key")
+    host.close()
+    until(lambda: not agent.peer_alive())
+    agent.reattach()
+    host = machines.link("host")
+    until(lambda: agent.peer_alive() and host.peer_alive())
+    machines.dpu.revoke("h1")
+    until(lambda: agent.peer_alive() and agent._exchange.keys.known(old).state == "revoked")
+    host.send_messages(np.zeros(1, MESSAGE))
+    until(lambda: len(agent.poll_messages()), "the new one is another")
+    assert host.broken == 0 and agent._exchange.dropped == 0
+
+
 def test_each_refusal_is_said_once_a_minute_at_most(machines, monkeypatch):
     agent = machines.link("agent")
     say = agent._exchange.say_seldom
@@ -169,12 +200,52 @@ def test_the_secret_is_its_owners_alone_and_a_key_in_use_is_not_replaced_unasked
 )
 def test_a_malformed_key_file_is_nobodys_key_and_is_said_to_be_one(machines, text):
     (machines.dpu.folder / "peers" / "h1.toml").write_text(text)
-    with pytest.raises(LinkError, match=r"h1\.toml"):
-        machines.dpu.peers()
+    [peer] = machines.dpu.peers()
+    assert peer.state == "malformed"
+    with pytest.raises(LinkError, match=r"h1\.toml .*; remove it, or add the key anew"):
+        machines.dpu.peer("h1")
     assert Keys(machines.dpu.folder).known(machines.host.own().public) is None
     (machines.dpu.folder / "own.toml").write_text(text)
     with pytest.raises(LinkError, match=r"own\.toml"):
         machines.dpu.own()
+
+
+def test_a_damaged_file_of_one_peer_is_in_no_others_way(machines, monkeypatch, capsys):
+    (machines.dpu.folder / "peers" / "bad.toml").write_text("public = [")
+    machines.dpu.add("h2", "0" * 64)
+    assert machines.dpu.revoke("h2").state == "revoked"
+    assert machines.dpu.peer().name == "h1"
+    with pytest.raises(LinkError, match="remove it, or add the key anew"):
+        machines.dpu.revoke("bad")
+    monkeypatch.setenv("WAVE_KEYS", str(machines.dpu.folder))
+    assert run(["keys", "list"]) == 0
+    shown = capsys.readouterr()
+    assert "malformed" in shown.out and "h1" in shown.out and "remove it" in shown.err
+    machines.dpu.add("bad", "1" * 64)
+    assert [key.state for key in machines.dpu.peers()] == ["valid", "valid", "revoked"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root's")
+def test_what_root_writes_into_anothers_folder_is_that_ones_to_read_whatever_the_umask(tmp_path):
+    folder, target = tmp_path / "k", tmp_path / "target"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12_345, 12_346)
+    target.write_text("as it was")
+    before = os.umask(0o077)
+    try:
+        public = Keys(folder).new().public
+        (folder / f".own.toml.{os.getpid()}").symlink_to(target)
+        Keys(folder).new(replace=True)
+        Keys(folder).add("dpu", public)
+    finally:
+        os.umask(before)
+    found = {path.relative_to(folder).as_posix(): path.lstat() for path in folder.rglob("*")}
+    assert {name: (stat.S_IMODE(each.st_mode), each.st_uid, each.st_gid) for name, each in found.items()} == {
+        "own.toml": (0o600, 12_345, 12_346),
+        "peers": (0o755, 12_345, 12_346),
+        "peers/dpu.toml": (0o644, 12_345, 12_346),
+    }
+    assert (target.read_text(), target.stat().st_uid) == ("as it was", 0)
 
 
 def test_the_command_makes_adds_lists_and_revokes_keys(tmp_path, monkeypatch, capsys):

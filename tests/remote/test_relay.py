@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from two_machines import Machines, until
 
+from waveos import sched
 from waveos.agents import agentd
-from waveos.errors import ConfigError
-from waveos.host import doors, restore
+from waveos.cli import run
+from waveos.errors import ConfigError, LinkError
+from waveos.host import doors, relay, restore
+from waveos.keys import Keys
 from waveos.policy import load_policy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="hostd is root's")
@@ -122,3 +125,48 @@ def test_the_relay_ends_when_it_is_told_to_and_the_enclave_keeps_its_threads(mac
     assert enclave.relay.wait(60) == 0
     until(lambda: not enclave.status()["agent"])
     assert enclave.hostd.poll() is None
+
+
+def test_an_enclave_of_another_subsystem_ends_the_relay_with_a_line(machines, enclave):
+    enclave.relay.kill()
+    wrong = machines.wave(machines.host, "relay", enclave.name, machines.url, "--subsystem", "memory")
+    said = wrong.communicate(timeout=60)[1]
+    assert wrong.returncode == 2 and "not for memory: say with --subsystem" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda keys, public: (keys.folder / "own.toml").unlink(), "this machine has no key"),
+        (lambda keys, public: keys.new(days=1e-9, replace=True), "own key has expired"),
+        (lambda keys, public: keys.revoke("dpu"), "no peer is known"),
+        (lambda keys, public: keys.add("other", "0" * 64), "say which is meant"),
+    ],
+)
+def test_a_relay_says_what_is_wrong_with_its_keys_before_it_waits(machines, tmp_path, monkeypatch, capsys, change, says):
+    monkeypatch.setattr(restore, "RUN", tmp_path)
+    monkeypatch.setenv("WAVE_KEYS", str(machines.host.folder))
+    change(machines.host, machines.dpu.own().public)
+    assert run(["relay", "web", machines.url]) == 4
+    assert says in capsys.readouterr().err
+
+
+def test_a_relay_whose_keys_go_wrong_while_it_waits_says_so_once_and_goes_on_when_they_are_mended(machines, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(relay, "_say", said.append)
+    made, public = relay.Relay("shm:///none", machines.url, sched, keys=Keys(tmp_path / "empty")), machines.dpu.own().public
+    for _ in range(3):
+        with pytest.raises(LinkError, match="has no key"):
+            made._prepare({"enclave": "web"})
+    assert len(said) == 1
+    Keys(tmp_path / "empty").add("dpu", public)
+    machines.dpu.add("late", Keys(tmp_path / "empty").new().public)
+    machines.agentd("fifo")
+    assert made._prepare({"enclave": "web"})["policy"] == "fifo"
+    made.far.close()
+
+
+@pytest.mark.parametrize(("name", "says"), [("shm://web", "shm:///run/wave/web/agent.sock"), ("../x", "cannot name an enclave")])
+def test_what_names_no_enclave_is_told_how_to_write_it(machines, capsys, name, says):
+    assert run(["relay", name, machines.url]) == 2
+    assert says in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import os
 import re
 import signal
@@ -119,6 +120,19 @@ def test_a_temperature_draws_by_its_seed(client):
     assert one == same != other
 
 
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_any_whole_number_is_a_seed(client, seed):
+    one, same, plain = (_chat(client, max_tokens=12, temperature=1.5, seed=each).choices[0].message.content for each in (seed, seed % 2**64, 1))
+    assert one == same != plain
+
+
+def test_an_answer_goes_back_as_the_client_gives_it(client):
+    said = _chat(client, max_tokens=4).choices[0].message
+    assert {"refusal", "tool_calls", "function_call", "audio", "annotations"} <= said.model_dump().keys()
+    talk = [{"role": "user", "content": "hello"}, said.model_dump(), {"role": "user", "content": "and?"}]
+    assert client.chat.completions.create(model="wave-reference", messages=talk, max_tokens=4).usage.completion_tokens == 4
+
+
 class TestErrorsAreTheApisOwn:
     @pytest.mark.parametrize(
         ("more", "status", "code", "param"),
@@ -131,6 +145,9 @@ class TestErrorsAreTheApisOwn:
             ({"messages": []}, 400, "invalid_value", "messages"),
             ({"messages": [{"role": "judge", "content": "?"}]}, 400, "invalid_value", "messages.0.role"),
             ({"n": 4}, 400, "invalid_value", "n"),
+            ({"stop": ["a"] * 5}, 400, "invalid_value", "stop"),
+            ({"stop": ["a", 5]}, 400, "invalid_value", "stop.1"),
+            ({"messages": [{"role": "assistant", "content": "?", "tool_calls": [{}]}]}, 400, "invalid_value", "messages.0.tool_calls"),
         ],
     )
     def test_for_what_cannot_be(self, client, more, status, code, param):
@@ -139,6 +156,38 @@ class TestErrorsAreTheApisOwn:
             client.chat.completions.create(**asked)
         assert (error.value.status_code, error.value.code, error.value.param) == (status, code, param)
         assert error.value.type == "invalid_request_error" and error.value.body["message"]
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ({"stop": ["a"] * 5}, "at most 4"),
+            ({"n": 4}, "n: 4 is not supported"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+                "messages.0.content.0.type: 'image_url' is not supported",
+            ),
+        ],
+    )
+    def test_and_say_what_was_meant_and_cannot_be(self, client, more, words):
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.chat.completions.create(**{"model": "wave-reference", "messages": [{"role": "user", "content": "hello"}], **more})
+
+    @pytest.mark.parametrize(("count", "good"), [(128, True), (129, False)])
+    def test_for_more_prompts_than_others_can_wait_for(self, client, count, good):
+        asked = {"model": "wave-reference", "prompt": ["a"] * count, "max_tokens": 1}
+        if good:
+            assert len(client.completions.create(**asked).choices) == count
+            return
+        with pytest.raises(openai.BadRequestError, match="129 texts; 128 at most") as error:
+            client.completions.create(**asked)
+        assert error.value.param == "prompt"
+
+    @pytest.mark.parametrize("body", [b"[]", b"null"])
+    def test_for_a_body_that_is_no_object(self, server, body):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{server[1]}/v1/completions", data=body, timeout=DEADLINE_S)
+        with error.value as answer:
+            assert json.load(answer)["error"]["message"] == "the body: Input should be an object"
 
     def test_for_ten_megabytes_and_others_go_on(self, client):
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -149,7 +198,13 @@ class TestErrorsAreTheApisOwn:
             assert other.result().usage.completion_tokens == 30
 
     @pytest.mark.parametrize(
-        ("path", "body", "status"), [("/v1/nothing", None, 404), ("/v1/chat/completions", None, 405), ("/v1/completions", b"{", 400)]
+        ("path", "body", "status"),
+        [
+            ("/v1/nothing", None, 404),
+            ("/v1/chat/completions", None, 405),
+            ("/v1/chat/completions/", b"{}", 404),
+            ("/v1/completions", b"{", 400),
+        ],
     )
     def test_for_what_is_no_request(self, server, path, body, status):
         with pytest.raises(urllib.error.HTTPError) as error:
@@ -267,6 +322,7 @@ def test_all_ranks_dead_is_an_answer_and_health_says_so():
     ("arguments", "line"),
     [
         (["--policy", "stratta"], "no policy 'stratta'"),
+        (["--policy", "fifo"], "policy 'fifo' is of subsystem sched, not serving; those of serving: failsafe, fcfs_lru"),
         (["--param", "theta=3"], "theta"),
         (["--ranks", "9"], "9 ranks: the reference engine has 1 to 8"),
         (["--engine", "emulated", "--model", "llama-3.1-405b", "--ranks", "1"], "does not fit"),

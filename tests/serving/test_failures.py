@@ -90,6 +90,9 @@ def test_a_fault_trace_is_dealt_to_nodes_as_many_as_it_says():
         ("2021-12-11, 11:11:30, five\n", "1: '2021-12-11, 11:11:30, five'; wanted"),
         ("0,add,a\n5,remove,a\n9,remove,b\n", "3: fewer than no GPUs are alive"),
         ("", "at least two lines"),
+        ("inf,add,a\n", "1: 'inf,add,a'; wanted"),
+        ("0,add,a\nnan,add,b\n", "2: 'nan,add,b'; wanted"),
+        ("0,add,a\n1e300,add,b\n", "2: '1e300,add,b'; wanted"),
     ],
 )
 def test_a_broken_fault_trace_names_its_line(tmp_path, text, line):

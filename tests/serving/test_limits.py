@@ -81,6 +81,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
         (["--chips", "8,x"], "--chips '8,x': whole numbers, comma-separated, are wanted"),
         (["--chips", "0"], "--chips '0': at least 1 is wanted"),
         (["--plot", "x.foo"], "--plot x.foo: Format 'foo' is not supported"),
+        (["--plot", "x"], "--plot x: a file name that ends in .svg, .png or .pdf is wanted"),
+        (["--plot", "/proc/none/x.svg"], "--plot /proc/none/x.svg: No such file or directory"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, arguments, line):
@@ -88,6 +90,12 @@ def test_what_cannot_be_is_one_line(capsys, arguments, line):
     said = capsys.readouterr().err
     assert said.startswith(f"wave: {line}")
     assert said.count("\n") == 1
+
+
+def test_a_plot_does_not_replace_a_folder(tmp_path, capsys):
+    (tmp_path / "plots.svg").mkdir()
+    assert run(["limits", "--plot", str(tmp_path / "plots.svg")]) == 2
+    assert capsys.readouterr().err == f"wave: --plot {tmp_path}/plots.svg: Is a directory\n"
 
 
 def test_a_broken_table_names_its_key(tmp_path, capsys):

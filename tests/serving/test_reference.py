@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from waveos.errors import ConfigError, WaveError
-from waveos.host.serving.model import Dense, Shape
+from waveos.host.serving.model import SPOKEN, Dense, Shape, choose
 from waveos.host.serving.reference import Reference
 from waveos.serving import Placement, Recovery, Tier
 from waveos.serving.driver import InProcess
@@ -251,3 +251,7 @@ class TestBadInput:
     def test_tokens_that_are_none(self):
         with Run(ranks=1) as run, pytest.raises(ConfigError, match="at least one each, below"):
             run.engine.submit(1, [9_999], 3)
+
+
+def test_the_coldest_temperature_says_the_likeliest():
+    assert choose(np.arange(len(SPOKEN)) * 1.0, 5e-324, lambda: 0.999) == choose(np.arange(len(SPOKEN)) * 1.0) == (int(SPOKEN[-1]), 1.0)

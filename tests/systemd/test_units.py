@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from waveos import notify
+from waveos.errors import ConfigError, MissingError
+from waveos.keys import Keys
 from waveos.paths import cache_dir
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +97,35 @@ def test_what_cannot_be_installed_is_said_in_one_line(tmp_path):
     assert done.returncode and "systemd wants the whole path" in done.stderr.splitlines()[0]
     said = subprocess.run([ROOT / "systemd/install", "somewhere"], capture_output=True, text=True, check=False)
     assert (said.returncode, said.stderr) == (2, "install-units: say host, dpu, all or remove\n")
+
+
+def test_what_a_restart_cannot_mend_is_not_started_again():
+    for unit in set(UNITS) - {"wave-hostd@.service"}:
+        assert f"\nRestartPreventExitStatus={ConfigError.exit_code} {MissingError.exit_code}\n" in (ROOT / "systemd" / unit).read_text()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-tmpfiles") or os.geteuid() != 0, reason="no systemd-tmpfiles here, or not root")
+def test_keys_that_root_made_before_the_units_were_installed_become_the_agents(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nwave-agent:x:990:990::/:/bin/sh\n")
+    (tmp_path / "etc/group").write_text("root:x:0:\nwave-agent:x:990:\n")
+    keys = Keys(tmp_path / "etc/wave/keys")
+    before = os.umask(0o077)
+    try:
+        keys.add("dpu", keys.new().public)
+    finally:
+        os.umask(before)
+    (tmp_path / "usr/lib/tmpfiles.d").mkdir(parents=True)
+    shutil.copy(ROOT / "systemd/tmpfiles-agent.conf", tmp_path / "usr/lib/tmpfiles.d/wave-agent.conf")
+    done = subprocess.run(["systemd-tmpfiles", f"--root={tmp_path}", "--create"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {path.name: path.stat() for path in (keys.folder, *keys.folder.rglob("*"))}
+    assert {name: (stat.S_IMODE(each.st_mode), each.st_uid) for name, each in found.items()} == {
+        "keys": (0o700, 990),
+        "own.toml": (0o600, 990),
+        "peers": (0o700, 990),
+        "dpu.toml": (0o600, 990),
+    }
 
 
 def test_systemd_is_told_that_it_is_ready_alive_and_stops(tmp_path, monkeypatch):

@@ -57,6 +57,9 @@ def list_keys(folder: Folder = None, as_json: Json = False) -> None:
     if not rows:
         talk(f"no keys in {store.folder}; make this machine's own with: wave keys new")
         return
+    for key in store.peers():
+        if key.trouble:
+            talk(key.trouble)
     print_table(
         ("name", "state", "expires", "public key"),
         [("(this machine)" if r["own"] else r["name"], r["state"], r["expires"] or "never", r["public"]) for r in rows],

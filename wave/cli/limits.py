@@ -33,6 +33,8 @@ def limits(
     as_json: Json = False,
 ) -> None:
     """The limit study of decode: tokens a second, for one user and in all, and what bounds them."""
+    if plot is not None and plot.suffix in ("", "."):
+        raise ConfigError(f"--plot {plot}: a file name that ends in .svg, .png or .pdf is wanted")
     study = import_module("waveos.ipu_emulator.gpu")
     hardware, shape = study.load_gpu(gpu), study.load_model(model)
     sync_s = None if sync_us is None else sync_us * 1e-6
@@ -119,3 +121,5 @@ def _draw(path: Path, study: Any, gpu: Any, model: Any, sizes: list[int], contex
         figure.savefig(path)
     except ValueError as error:
         raise ConfigError(f"--plot {path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error.strerror or error}") from error

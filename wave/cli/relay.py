@@ -28,5 +28,7 @@ def relay(
     import_module("waveos.log").choose(log)
     if subsystem not in SUBSYSTEMS:
         raise ConfigError(f"no subsystem {subsystem!r}{nearest(subsystem, SUBSYSTEMS)}; there are: {', '.join(SUBSYSTEMS)}")
-    near = enclave if "://" in enclave else f"shm://{import_module('waveos.host.restore').RUN / enclave / 'agent.sock'}"
+    if "://" in enclave and not enclave.startswith("shm:///"):
+        raise ConfigError(f"{enclave!r} is no enclave: write its name, as web, or the URL of its agent's socket, as shm:///run/wave/web/agent.sock")
+    near = enclave if "://" in enclave else f"shm://{import_module('waveos.host.restore').path_of(enclave).with_name('agent.sock')}"
     import_module("waveos.host.relay").run_relay(near, url, import_module(f"waveos.{subsystem}"))

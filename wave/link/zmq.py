@@ -37,7 +37,7 @@ from waveos.link.session import Broken, Session
 from waveos.link.verbs import BATCH, QueueVerbs, Records
 from waveos.record import RECORD_BYTES, VERSION
 
-URL = re.compile(r"zmq\+tcp://(?:([^@/]+)@)?(\[[0-9a-fA-F:.]+\]|[^:/@\[\]]+):(\d{1,5})")
+URL = re.compile(r"zmq\+tcp://(?:([^@/]+)@)?(\[[0-9a-fA-F:.]+\]|[0-9A-Za-z][0-9A-Za-z._-]*|\*):(\d{1,5})")
 SILENCE_S = 2.0
 """An agent that says nothing for so long is gone, until it says something in a new session."""
 HOST_SILENCE_S = 10.0
@@ -113,7 +113,7 @@ class ZmqHost(QueueVerbs):
             if not 2 <= capacity <= 1 << 24:
                 raise LinkError(f"the queue of {name} holds 2 to {1 << 24} records, not {capacity}")
         self._keys = keys if isinstance(keys, Keys) else Keys(keys)
-        self._keys.own()  # said now if there is none
+        self._public = self._keys.own().public  # said now if there is none
         self._peer = self._keys.peer(peer)
         self._trusted = True
         self._windows = messages, txns
@@ -155,7 +155,11 @@ class ZmqHost(QueueVerbs):
         made.immediate = True  # nothing is kept for a connection that there is not: it would be old
         made.reconnect_ivl, made.reconnect_ivl_max = 20, 200
         self._monitor = made.get_monitor_socket(_REFUSED | zmq.EVENT_CONNECT_RETRIED)
-        made.connect(self._endpoint)
+        try:
+            made.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(0)
+            raise LinkError(f"cannot connect to {self.url} ({error.strerror}): name a host, as in zmq+tcp://HOST:PORT") from None
 
     def _keep(self) -> None:
         """The thread's: what is due, when nobody calls a verb."""
@@ -387,8 +391,7 @@ class ZmqHost(QueueVerbs):
         if self._session is not None:
             return
         if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            own = self._keys.own().public
-            self._note(f"the agent at {self._endpoint} does not let this host's key in: there, `wave keys add NAME {own}`")
+            self._note(f"the agent at {self._endpoint} does not let this host's key in: there, `wave keys add NAME {self._public}`")
         elif event["event"] & _REFUSED:
             self._note(f"whoever answers at {self._endpoint} does not have the key of {self._peer.name!r}, or is no agent of Wave")
         elif not self.trouble.startswith("the agent at"):

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from waveos import serving
-from waveos.errors import LinkError
+from waveos.errors import LinkError, PolicyError
 from waveos.link import open_link
-from waveos.policy import load_policy
+from waveos.policy import Policy, load_policy, policy_names
 from waveos.policy.plain import PlainRuntime, Records
 from waveos.record import VERSION
 from waveos.serving.mechanism import Mechanism
 
 PATIENCE_S = 30.0
-"""How long an agent may take to come."""
+"""How long an agent may take to come, at first and when one was lost."""
 AGAIN_S = 1.0
 """Between two attempts to start one that died."""
 
@@ -31,8 +31,11 @@ AGAIN_S = 1.0
 class InProcess:
     """The policy in this process: what it decides is committed at once."""
 
+    away: str | None = None
+    """That nobody decides, and has not for PATIENCE_S; None while somebody does."""
+
     def __init__(self, policy: str, params: dict[str, float] | None = None) -> None:
-        self.runtime = PlainRuntime(load_policy(policy), params)
+        self.runtime = PlainRuntime(_load(policy), params)
         self.restarts = 0
         self._end: Any = np.zeros(1, serving.MESSAGE)
         self._end["version"], self._end["subsystem"] = VERSION, serving.SUBSYSTEM
@@ -61,11 +64,12 @@ class Across(InProcess):
     """The policy in agentd, across a link. One that dies is started again and told everything; without `start` somebody else starts it."""
 
     def __init__(self, url: str, policy: str, params: dict[str, float] | None = None, *, start: bool = True) -> None:
-        load_policy(policy).param_values(params)  # what is wrong with it is said here, in one line
+        _load(policy).param_values(params)  # what is wrong with it is said here, in one line
         self.policy, self.arguments = policy, [part for name, value in (params or {}).items() for part in ("--param", f"{name}={value}")]
         self.link: Any = open_link(url, side="host", subsystem=serving)
         self.restarts = -1
         self._start, self._started = start, 0.0
+        self._lost_s = 0.0  # when the agent was first seen to be missing since one decided or had nothing to decide
         self._joins = self.link.peer_joins()
         self._unsent: Records = np.zeros(0, serving.MESSAGE)
         self._lost = self.link.overflowed()
@@ -82,6 +86,7 @@ class Across(InProcess):
         decisions = self.link.poll_txns(wait_ns=wait_ns)
         if not len(decisions):
             return False
+        self._lost_s = 0.0
         mechanism.commit(decisions)
         return True
 
@@ -95,14 +100,20 @@ class Across(InProcess):
             time.sleep(0.005)
 
     def _watch(self, mechanism: Mechanism) -> None:
-        """Start an agent where there is none; tell a new one everything."""
-        joins = self.link.peer_joins()
+        """Start an agent where there is none; tell a new one everything. One that comes and dies at what waits for it is as good as none."""
+        joins, alive, now = self.link.peer_joins(), self.link.peer_alive(), time.monotonic()
+        if not alive:
+            self._lost_s = self._lost_s or now
+        elif not mechanism.requests:
+            self._lost_s = 0.0
+        missing = not alive and now - self._lost_s > PATIENCE_S
+        self.away = f"no agent has decided anything for {PATIENCE_S:.0f} s: see what it said" if missing else None
         if joins != self._joins:
             self._joins = joins
             mechanism.agent_lost()
             mechanism.replay()
             self._unsent = self._unsent[:0]
-        elif self._start and time.monotonic() - self._started > AGAIN_S and not self.link.peer_alive() and not self._coming():
+        elif self._start and now - self._started > AGAIN_S and not alive and not self._coming():
             self.link.kill_wave_agent()
             self.link.start_wave_agent(self.policy, *self.arguments)
             self._started, self.restarts = time.monotonic(), self.restarts + 1
@@ -115,6 +126,15 @@ class Across(InProcess):
     def close(self) -> None:
         """End the agent that was started, and the link."""
         self.link.close()
+
+
+def _load(policy: str) -> type[Policy]:
+    """The policy. Raises PolicyError if it decides something else than serving."""
+    kind = load_policy(policy)
+    if kind.subsystem is not serving:
+        other = kind.subsystem.__name__.rpartition(".")[2]
+        raise PolicyError(f"policy {policy!r} is of subsystem {other}, not serving; those of serving: {', '.join(policy_names('serving'))}")
+    return kind
 
 
 def open_agent(policy: str, params: dict[str, float] | None = None, url: str | None = None) -> InProcess:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
@@ -30,6 +30,11 @@ from waveos.serving.text import VOCABULARY, decode, encode, encode_chat
 
 MOST_BYTES = 8 << 20
 """Of a request's body."""
+MOST_PROMPTS = 128
+"""Of one request: others are heard in between."""
+_Item = TypeVar("_Item")
+Items = Annotated[list[_Item], Field(fail_fast=True)]
+"""A list of which the first wrong item is told: to tell a million would keep others waiting."""
 DEFAULT_TOKENS = {"completion": 16, "chat": 256}
 
 
@@ -70,7 +75,7 @@ class Common(BaseModel):
 class Completion(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str]
+    prompt: str | Items[int] | Items[str]
 
 
 class TextPart(BaseModel):
@@ -86,8 +91,13 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = None
+    refusal: None = None  # these are in an answer as the openai client gives it back
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:
@@ -97,7 +107,7 @@ class ChatMessage(BaseModel):
 class Chat(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -139,7 +149,7 @@ class Endpoint:
 
     def app(self) -> Starlette:
         """The application, for any ASGI server."""
-        return Starlette(
+        made = Starlette(
             routes=[
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model:path}", self.one_model),
@@ -151,6 +161,8 @@ class Endpoint:
             ],
             exception_handlers={ApiError: _refuse, HTTPException: _no_route, ClientDisconnect: _nobody, Exception: _own_fault},
         )
+        made.router.redirect_slashes = False  # a redirect is no answer of the API
+        return made
 
     # ── what is asked for ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,7 +177,8 @@ class Endpoint:
 
     async def health(self, _request: HttpRequest) -> Response:
         """200 while requests can be served."""
-        return Response(status_code=200) if self.service.failed is None else JSONResponse({"status": self.service.failed}, 503)
+        why = self.service.failed or self.service.agent.away
+        return Response(status_code=200) if why is None else JSONResponse({"status": why}, 503)
 
     async def version(self, _request: HttpRequest) -> Response:
         """Of Wave."""
@@ -186,6 +199,10 @@ class Endpoint:
         elif not asked.prompt:
             raise ApiError(400, "prompt is empty", param="prompt")
         elif isinstance(asked.prompt[0], str):
+            if len(asked.prompt) > MOST_PROMPTS:
+                raise ApiError(
+                    400, f"prompt has {len(asked.prompt)} texts; {MOST_PROMPTS} at most in one request", param="prompt", code="invalid_value"
+                )
             prompts = [encode(str(each)) for each in asked.prompt]
         else:
             prompts = [[int(each) for each in asked.prompt]]
@@ -336,14 +353,17 @@ async def _read(request: HttpRequest, kind: Any) -> Any:
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
-        first = error.errors()[0]
+        # Of the branches of a union the one that got furthest is what was meant.
+        first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
         where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int", "none"))))
         if first["type"] == "extra_forbidden":
             message, code = f"Unrecognized request argument supplied: {where}", "unknown_parameter"
         elif first["type"] == "json_invalid":
             message, code = f"The body is not JSON: {first['msg']}", "invalid_json"
+        elif first["type"] == "literal_error":
+            message, code = f"{where}: {first['input']!r:.60} is not supported. {first['msg']}", "invalid_value"
         else:
-            message, code = f"{where}: {first['msg']}", "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+            message, code = f"{where or 'the body'}: {first['msg']}", "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         raise ApiError(400, message, param=where or None, code=code) from None
 
 

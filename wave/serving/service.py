@@ -9,6 +9,7 @@ import itertools
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -112,17 +113,33 @@ class Service:
         self._calls.put(action)
 
     def _submit(self, ask: Ask) -> None:
+        if self.failed is not None:  # meanwhile
+            ask.tell("failed", WaveError(self.failed))
+            return
         self.asks[ask.number] = ask
         try:
             ask.request = self.engine.submit(ask.number, ask.tokens, ask.outputs, ask.stop, ask.temperature, ask.seed)
         except ConfigError as error:
             del self.asks[ask.number]
             ask.tell("failed", error)
+        except Exception as error:  # of this one alone: what is half in goes out
+            traceback.print_exc()
+            del self.asks[ask.number]
+            self.engine.leave(ask.number)
+            ask.tell("failed", WaveError(f"a bug in Wave: {type(error).__name__}: {error}"))
 
     def _leave(self, number: int) -> None:
         if (ask := self.asks.pop(number, None)) is not None:
             self.engine.leave(number)
             self.watch("gone", ask, 0.0)
+
+    def _give_up(self, why: str) -> None:
+        """Nobody decides: who waits for a decision is told so. What decodes goes on."""
+        instances = self.engine.mechanism.instances
+        for ask in list(self.asks.values()):
+            if ask.request is not None and (ask.request.state == "waiting" or not instances[ask.request.instance].alive):
+                self._leave(ask.number)
+                ask.tell("failed", WaveError(why))
 
     def _token(self, number: int, token: int) -> None:
         if (ask := self.asks.get(number)) is not None:
@@ -142,6 +159,8 @@ class Service:
                 while not self._calls.empty():
                     self._calls.get()()
                 decided = self.agent.exchange(self.engine.mechanism)
+                if self.agent.away:
+                    self._give_up(self.agent.away)
                 self.engine.advance(0.0 if decided else BUSY_S if self.asks else IDLE_S)
             self.failed = "the server is closing"
         except WaveError as error:
