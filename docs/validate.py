@@ -134,7 +134,7 @@ def _conformance(m: Figures) -> Iterator[str]:
 
 def _arm(found: Figures | None) -> str:
     if found is None:
-        return "Not done here: `make test-arm` did not run.\n"
+        return "Not done here: `make test-arm` was not run to its end.\n"
     failed = found["failures"] + found["errors"]
     passed = found["tests"] - failed - found["skipped"]
     return f"""`make test-arm` (ring, links, contract, agents; {found["python"]} of Debian's for arm64, numba's Arm code, {found["emulator"]}):
