@@ -150,15 +150,15 @@ class Served:
             if not facts.get("policy"):
                 raise ConfigError(f"{self.url}: neither hostd nor this agent names a policy; give one: wave agentd {self.url} POLICY")
             self._policy, self._params = facts["policy"], facts.get("params") or {}
-        mine = load_policy(self._policy).subsystem.SUBSYSTEM
-        if facts.get("subsystem", mine) != mine:  # a BAR's layout says it instead
-            raise PolicyError(f"policy {self._policy!r} is of another subsystem than the enclave")
         self._bound, self._runtime = self._bind(facts, self._policy, self._params)
         return {"policy": self._policy, "params": self._params}
 
     def _bind(self, facts: dict[str, Any], policy: str, params: dict[str, float]) -> tuple[Any, Any]:
         """The policy, compiled, and its runtime; (class, None) for a plain one."""
         kind, orders = load_policy(policy), self.orders
+        mine = kind.subsystem.SUBSYSTEM
+        if facts.get("subsystem", mine) != mine:  # a ring by name, or a BAR, says it when it is joined
+            raise PolicyError(f"policy {policy!r} is of another subsystem than the enclave")
         if getattr(kind.subsystem, "PLAIN", False):
             PlainRuntime(kind, params)  # what is wrong with it is said now, and what its begin compiles is compiled
             return kind, None
@@ -193,10 +193,7 @@ class Served:
             elif "set-policy" in request:
                 name, params = request["set-policy"]["policy"], request["set-policy"].get("params") or {}
                 try:
-                    kind = load_policy(name)
-                    if kind.subsystem is not self._bound.subsystem:
-                        raise PolicyError(f"policy {name!r} is of another subsystem than the enclave")
-                    self._bind({}, name, params)
+                    kind, _ = self._bind(self._link.handed.facts, name, params)
                 except (WaveError, ValueError) as error:
                     self._link.handed.answer({"unwilling": str(error)})
                     continue
@@ -244,8 +241,6 @@ class Served:
     def _try_bind(self, facts: dict[str, Any], policy: str, params: dict[str, float]) -> Any:
         try:
             bound, runtime = self._bind(facts, policy, params)
-            if runtime is None or runtime.dtype != self._runtime.dtype:
-                raise PolicyError(f"policy {policy!r} is of another subsystem than the enclave")
         except (WaveError, ValueError) as error:
             return str(error)
         return policy, params, bound, runtime
@@ -335,13 +330,12 @@ class Served:
 
 def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     """Serve these (url, policy or None) until all hosts are gone for good. Raises the error of the last one that failed."""
-    global _ending
-    _ending = False
+    ending: list[int] = []  # seen between two steps: an exception could come anywhere, with a lock in mid-release, say
     sys.setswitchinterval(SWITCH_S)
     if not all(policy and getattr(load_policy(policy).subsystem, "PLAIN", False) for _, policy in urls):
         _compile()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, _frame: ending.append(number))
     addresses = [(url, policy) for url, policy in urls if policy and url.startswith(NETWORK)]
     urls = [(url, policy) for url, policy in urls if not url.startswith(NETWORK)]
     rows = np.zeros(len(urls) + (GUESTS if addresses else 0), ENCLAVE)
@@ -356,7 +350,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             reception = import_module("waveos.agents.remote").Reception(addresses, orders, rows[len(urls) :], len(urls))
         look_ns = 0
         notify.ready()
-        while (served or reception) and not _ending:
+        while (served or reception) and not ending:
             if all(each.goes_round() for each in served):
                 notify.alive()
             if reception:
@@ -399,7 +393,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
             reception.close()
         if teller:
             teller.close()
-    if last is not None and not _ending:
+    if last is not None and not ending:
         raise last
 
 
@@ -434,14 +428,6 @@ def begin_life(core: int | None, nice: int, parent: int | None = None) -> None:
 
 def _leave(_number: int, _frame: object) -> None:
     os._exit(0)  # nothing is begun, and a compiler is not to be interrupted by an exception
-
-
-_ending = False
-
-
-def _end(_number: int, _frame: object) -> None:
-    global _ending
-    _ending = True  # seen between two steps: an exception could come anywhere, with a lock in mid-release, say
 
 
 if __name__ == "__main__":

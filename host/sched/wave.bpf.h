@@ -91,7 +91,7 @@ struct host {
 	u32 cpus;
 	u32 hostd;     /* pid of the daemon, whose own turns on a CPU are no news */
 	u8 live;       /* an agent is attached and alive */
-	u8 lost;       /* messages were lost; nothing is sent until the state is replayed */
+	u8 lost;       /* messages were lost, or a new agent has heard none; nothing is sent until the state is replayed */
 	u8 spare[6];
 	u64 overflow;  /* messages that found the ring full */
 	u64 outcomes[16];
@@ -587,6 +587,7 @@ static __always_inline void begin(u32 generation, u64 now)
 	bpf_spin_lock(&lock);
 	host.up_next = host.up_credit = host.down_next = host.down_credit = 0;
 	host.generation = generation;
+	host.lost = 1; /* until then: what another CPU meets meanwhile is told as part of the state, after RESYNC */
 	host.live = 1;
 	bpf_spin_unlock(&lock);
 	__sync_lock_test_and_set(&messages.header[RING_IDENTITY_AT],

@@ -56,6 +56,21 @@ def test_an_agent_is_given_the_whole_state_first(enclave: Any) -> None:
     assert "CPU_NEW" in hand.types()
 
 
+def test_what_happens_between_the_empty_rings_and_the_state_is_told_as_state_alone(enclave: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, half = enclave.worker(), enclave.mechanism._half
+    go_on = half._go_on
+
+    def late() -> None:
+        worker.run()
+        runs(worker.pid)
+        go_on()
+
+    monkeypatch.setattr(half, "_go_on", late)
+    hand = Hand(enclave.mechanism)
+    assert hand.types()[0] == "RESYNC"
+    hand.told(Message.THREAD_NEW, enclave.number(worker.pid))
+
+
 def test_a_thread_that_wakes_and_sleeps_says_so_with_rising_sequence_numbers(enclave: Any) -> None:
     worker = enclave.worker()
     hand = Hand(enclave.mechanism)
