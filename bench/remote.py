@@ -213,11 +213,11 @@ class _Wave:
         return out
 
     def echo(self, n: int) -> None:
-        link, one = self.link, np.zeros(1, sched.DECISION)
+        link = self.link
         for _ in range(n):
             if not len(link.poll_messages(1, PATIENCE_NS)):
                 raise WaveError("no message came")
-            link.txn_create()[:] = one
+            link.txn_create()
             link.txns_commit()
 
     def stream(self, n: int, batch: int) -> float:

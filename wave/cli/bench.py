@@ -99,8 +99,8 @@ def _parse(name: str, arguments: list[str], defaults: dict[str, Any]) -> dict[st
         flag, found, text = rest.pop(0).partition("=")
         key = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or key not in defaults:
-            known = ", ".join(f"--{each.replace('_', '-')}" for each in defaults) or "none"
-            raise ConfigError(f"bench {name!r} has no option {flag}{nearest(key, defaults)}; it has: {known}")
+            known = [f"--{each.replace('_', '-')}" for each in defaults]
+            raise ConfigError(f"bench {name!r} has no option {flag}{nearest('--' + flag.removeprefix('--'), known)}; it has: {', '.join(known) or 'none'}")
         if isinstance(defaults[key], bool) and not found and not (rest and rest[0].lower() in ("true", "false")):
             options[key] = True
             continue

@@ -134,7 +134,12 @@ class ZmqAgent(QueueVerbs):
         if queue != TXNS:
             raise LinkError(f"queue {queue} of {self.url} is not one of transactions; a network link has {TXNS}")
         self.check()
-        sent = self._down.offer(records)
+        session, down = self.session, self._down
+        if isinstance(down, Lane) and session and not down.waiting and len(records) <= min(session.room, MAX_RECORDS):  # the shortest way
+            session.taken = self._up.taken_out - self._base
+            self._exchange.doors[0].send(self, session.data(records.tobytes()))
+            return len(records)
+        sent = down.offer(records)
         if self._alone:
             self._exchange.carry(time.monotonic_ns())
         else:
@@ -258,7 +263,7 @@ class Door:
             else:
                 data = self.socket.recv()
             whole = True
-            while self.socket.rcvmore:
+            while self.socket.getsockopt(zmq.RCVMORE):
                 self.socket.recv()
                 whole = False
             key = self._exchange.keys.known(public)

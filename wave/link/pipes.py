@@ -63,6 +63,11 @@ class Lane:
         self._offered += records[:fit].tobytes()
         return fit
 
+    @property
+    def waiting(self) -> bool:
+        """True if records were offered and not taken."""
+        return bool(self._offered)
+
     def take(self, n: int) -> bytes:
         """Up to n of the records that were offered."""
         if not self._offered:
