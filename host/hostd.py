@@ -8,6 +8,7 @@ leaves the machine as it was. Whatever it changes is in the journal first, so wh
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -43,6 +44,8 @@ BACK_OFF_S = (0.1, 5.0)
 HOPELESS = (ConfigError.exit_code, PolicyError.exit_code, MissingError.exit_code)
 """Of a first agent: what it was told cannot be, and another would say so again."""
 STOP_S = 3.0
+WISH_BYTES = 8_192
+"""Of a policy's name (or path) and parameters, as JSON."""
 CACHE = Path("/var/cache/waveos")
 """Compiled policies of agents that run as users without a home."""
 
@@ -56,7 +59,7 @@ class Hostd:
         notify.look()
         self.settings = settings
         self._room: Any = import_module(f"waveos.host.{settings.subsystem}.hosted")
-        self.policy, self.params = settings.policy, settings.params
+        self.policy, self.params = self._chosen = settings.policy, settings.params  # what runs, and what an agent that we start is to run
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
         self._generation = self._attachments = self._lost = 0
@@ -86,7 +89,7 @@ class Hostd:
             raise ConfigError(f"--agent-core {told.agent.core}: hostd may use the CPUs {show_cpus(sorted(self._cores))}")
         if told.agent.start and told.agent.core in cpus:
             raise ConfigError(f"--agent-core {told.agent.core} is a CPU of the enclave: the agent polls, so give it another")
-        uids = {0, os.geteuid(), *([self._agent_user.uid] if self._agent_user else [])}
+        uids = self._choosers = {0, os.geteuid(), *([self._agent_user.uid] if self._agent_user else [])}
         gid = privilege.group(own.group) if own.group else None
         self._orderers = {0, os.geteuid(), *privilege.uids(ADMIN_USER)}
         self.journal = Journal(told.enclave)
@@ -194,12 +197,20 @@ class Hostd:
         }
 
     def _attach(self, ready: Message) -> tuple[Message, list[int]]:
-        """The agent's policy is compiled: empty rings, the whole state, and the descriptors for it."""
-        self.policy, self.params = ready.get("policy") or self.policy, ready.get("params") or {}
+        """The agent's policy is compiled: empty rings, the whole state, and the descriptors for it. Raises ConfigError for nonsense, and WaveError when the
+        mechanism cannot be had again."""
+        policy, params = ready.get("policy"), ready.get("params") or {}
+        if not _is_wish(policy, params):
+            raise ConfigError(f'ready may have "policy", a name, and "params", a table of numbers, all in {WISH_BYTES} bytes')
         self._generation += 1
+        self.mechanism.agent_here(self._generation)
+        self.policy, self.params = policy or self.policy, params
+        if (
+            self.agents.agent is None or self.agents.agent.uid in self._choosers
+        ):  # a member of the group may decide, but names no program for us to start
+            self._chosen = self.policy, self.params
         self._attachments += 1
         self._attached_s = time.monotonic()
-        self.mechanism.agent_here(self._generation)
         if hasattr(self._room, "AGENT"):  # whose agent serves something else than queues
             told, descriptors = self.mechanism.hand_over()
             return {"generation": self._generation, **told}, descriptors
@@ -209,6 +220,7 @@ class Hostd:
 
     def _agent_gone(self) -> None:
         self._lost += 1
+        self.policy, self.params = self._chosen
         self.mechanism.agent_gone()
 
     def _start_agent(self) -> None:
@@ -347,9 +359,9 @@ class Hostd:
 
     def _set_policy(self, request: Message, client: Client) -> None:
         wish = {"policy": request.get("policy"), "params": request.get("params") or {}}
-        numbers = isinstance(wish["params"], dict) and all(isinstance(value, int | float) for value in wish["params"].values())
-        if not isinstance(wish["policy"], str) or not numbers:
-            client.answer({"ok": False, "error": 'set-policy wants "policy", a name, and may have "params", a table of numbers'})
+        if wish["policy"] is None or not _is_wish(**wish):
+            line = f'set-policy wants "policy", a name, and may have "params", a table of numbers, all in {WISH_BYTES} bytes'
+            client.answer({"ok": False, "error": line})
             return
         if not self.agents.attached:
             client.answer({"ok": False, "error": "the enclave has no agent now; start one, or wait until it is back"})
@@ -410,6 +422,17 @@ class Hostd:
                 "journal": len(self.journal.entries),
             },
         }
+
+
+def _is_wish(policy: Any, params: Any) -> bool:
+    """Whether a peer that names these can be taken at its word: they are told to people, and to the next agent, perhaps on its command line."""
+    if not (policy is None or (isinstance(policy, str) and policy.isprintable() and not policy.startswith("-"))) or not isinstance(params, dict):
+        return False
+    for name, value in params.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not (number and name.isprintable() and "=" not in name):
+            return False
+    return len(json.dumps([policy, params])) <= WISH_BYTES
 
 
 def serve(settings: Settings) -> int:

@@ -21,6 +21,8 @@ from waveos.errors import LinkError
 
 MAX_BYTES = 1 << 17
 MAX_DESCRIPTORS = 8
+MAX_DEPTH = 8
+"""Tables and lists within each other. What was read from JSON is written as JSON again, which recursion may forbid only then; ours are 4 deep."""
 Message = dict[str, Any]
 
 
@@ -37,10 +39,11 @@ def tell(line: socket.socket, message: Message, descriptors: list[int] | None = 
         raise LinkError(f"the other side is gone ({error.strerror})") from error
 
 
-def hear(line: socket.socket) -> tuple[Message, list[int]]:
-    """The next message and the descriptors with it. Raises LinkError if the other side is gone or speaks nonsense, BlockingIOError if there is none yet."""
+def hear(line: socket.socket, max_bytes: int = MAX_BYTES, max_descriptors: int = MAX_DESCRIPTORS) -> tuple[Message, list[int]]:
+    """The next message and the descriptors with it. Raises LinkError if the other side is gone, speaks nonsense, or sends more than that; BlockingIOError if
+    there is none yet."""
     try:
-        data, descriptors, flags, _ = socket.recv_fds(line, MAX_BYTES, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors, flags, _ = socket.recv_fds(line, max_bytes, max_descriptors, socket.MSG_CMSG_CLOEXEC)
     except (BlockingIOError, TimeoutError):
         raise
     except OSError as error:
@@ -48,10 +51,12 @@ def hear(line: socket.socket) -> tuple[Message, list[int]]:
     try:
         if not data:
             raise LinkError("the other side is gone")
-        message = json.loads(data)
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, dict) or not message:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError
-    except (ValueError, LinkError) as error:
+        message = json.loads(data)
+        if not isinstance(message, dict) or not message or not _is_flat(message):
+            raise ValueError
+    except (ValueError, RecursionError, LinkError) as error:
         for descriptor in descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -59,3 +64,11 @@ def hear(line: socket.socket) -> tuple[Message, list[int]]:
             raise
         raise LinkError(f"the other side speaks another language: {data[:60]!r}") from None
     return message, descriptors
+
+
+def _is_flat(message: Message) -> bool:
+    """Whether it is at most MAX_DEPTH deep."""
+    level: list[Any] = [message]
+    for _ in range(MAX_DEPTH):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each) if isinstance(inner, dict | list)]
+    return not level

@@ -34,9 +34,13 @@ def quantile_ns(histogram: np.ndarray[Any, Any], q: float) -> float:
     return low + inside * (high - low)
 
 
-def filled_ns(histogram: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
-    """What was counted, as (lower edge in ns, count) of the bins that are not empty."""
-    return [(int(_edges(int(each))[0]), int(histogram[each])) for each in np.flatnonzero(histogram)]
+def filled_ns(histogram: np.ndarray[Any, Any], most: int = 1_000) -> list[tuple[int, int]]:
+    """What was counted, as (lower edge in ns, count) of the bins that are not empty; of neighbours together where there would be more than `most`."""
+    filled, width = np.flatnonzero(histogram), 1
+    while len(first := np.flatnonzero(np.diff(filled // width, prepend=-1))) > most:
+        width *= 2
+    counts = np.add.reduceat(histogram[filled], first) if len(filled) else []
+    return [(int(_edges(int(bin) * width)[0]), int(count)) for bin, count in zip(filled[first] // width, counts, strict=True)]
 
 
 def middles_ns(bins: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from waveos.histogram import BINS, count_ns, middles_ns, quantile_ns
+from waveos.histogram import BINS, count_ns, filled_ns, middles_ns, quantile_ns
 from waveos.ipu_emulator.arrivals import ARRIVAL, CLASS, SERVICE, draw_class, draw_service_ns, exponential, seed_streams, uniform
 from waveos.ipu_emulator.clock import CLOCK, NEVER, first_due, reset_clock, set_due
 from waveos.ipu_emulator.sched import RequestClass, Service, _class_records
@@ -66,6 +66,14 @@ class TestHistogram:
         count_all(histogram, np.arange(512))
         assert histogram[:512].tolist() == [1] * 512
         assert quantile_ns(histogram, 0.5) == 255
+
+    def test_what_is_told_of_a_full_one_is_short_and_whole(self):
+        told = filled_ns(np.ones(BINS, np.int64), 100)
+        assert 50 < len(told) <= 100 and sum(count for _, count in told) == BINS
+        edges = [edge for edge, _ in told]
+        assert edges[0] == 0 and edges == sorted(set(edges))
+        assert filled_ns(np.zeros(BINS, np.int64)) == []
+        assert filled_ns(np.eye(1, BINS, 300, dtype=np.int64)[0]) == [(300, 1)]
 
     def test_nothing_counted_has_no_quantile(self):
         assert math.isnan(quantile_ns(np.zeros(BINS, np.int64), 0.5))

@@ -302,6 +302,65 @@ def test_an_agent_of_another_version_and_nonsense_are_refused_and_the_door_stays
         assert (facts["enclave"], facts["cpus"], facts["threads"], facts["ahead"]) == (world.name, 1, 64, 1)
 
 
+ODD_WISHES = (
+    {"policy": ["fifo"]},
+    {"policy": 7},
+    {"policy": "--record"},
+    {"policy": "fi\0fo"},
+    {"policy": "fi\ud800fo"},
+    {"policy": "x" * 9_000},
+    {"policy": "fifo", "params": [1]},
+    {"policy": "fifo", "params": "quantum_us"},
+    {"policy": "fifo", "params": {"quantum_us": "1"}},
+    {"policy": "fifo", "params": {"quantum_us": True}},
+    {"policy": "fifo", "params": {"quantum_us": [1]}},
+    {"policy": "fifo", "params": {"quantum_us": float("nan")}},
+    {"policy": "fifo", "params": {"quantum_us": 10**400}},
+    {"policy": "fifo", "params": {"quan\0tum": 1}},
+)
+"""Policies and parameters that are told on, to people and to the next agent's command line, and must not be."""
+
+
+def test_an_agent_that_is_ready_with_an_odd_policy_is_refused_and_the_policy_stays(world):
+    world.hostd("--no-agent", "--policy", "fifo")
+    until(world.status)
+    path = str(world.folder / world.name / "agent.sock")
+    for ready in ODD_WISHES:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+            line.settimeout(DEADLINE_S)
+            line.connect(path)
+            tell(line, {"ready": ready})
+            assert 'may have "policy", a name, and "params", a table of numbers' in str(hear(line)[0].get("refused")), ready
+    status = world.status()
+    assert (status["policy"], status["params"], status["attachments"]) == ("fifo", {}, 0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        line.settimeout(DEADLINE_S)
+        line.connect(path)
+        tell(line, {"ready": {"policy": "./my policies/new.py:Mine", "params": {"quantum_us": 50, "share": 0.5}}})
+        assert "attached" in hear(line)[0]
+        assert world.status()["policy"] == "./my policies/new.py:Mine"
+    until(lambda: world.status()["agent"] is None)
+
+
+def test_a_member_of_the_group_may_decide_and_names_no_policy_for_the_next_agent(world):
+    world.hostd("--no-agent", "--policy", "fifo", "--group", "nogroup")
+    until(world.status)
+    folder = os.open(world.folder / world.name, os.O_PATH)  # the way to it need not be open to everybody
+
+    def attach() -> str:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+            line.connect(f"/proc/self/fd/{folder}/agent.sock")
+            tell(line, {"ready": {"policy": "/tmp/mine.py:Mine", "params": {}}})
+            return next(iter(hear(line)[0]))
+
+    try:
+        assert as_nobody(attach) == "attached"
+    finally:
+        os.close(folder)
+    until(lambda: world.status()["agent"] is None)
+    assert (world.status()["policy"], world.status()["attachments"]) == ("fifo", 1)
+
+
 def test_control_takes_json_lines_and_says_what_is_wrong_with_others(world):
     world.hostd("--no-agent")
     until(world.status)
@@ -315,6 +374,8 @@ def test_control_takes_json_lines_and_says_what_is_wrong_with_others(world):
             ('{"do": "dance"}', "it knows status, watch, set-policy and stop"),
             ('{"do": "set-policy"}', "wants"),
             ('{"do": "set-policy", "policy": "fifo", "params": {"a": "b"}}', "a table of numbers"),
+            *((json.dumps({"do": "set-policy", **wish}), "a table of numbers") for wish in ODD_WISHES),
+            ('{"do": "set-policy", "policy": null, "params": null}', "wants"),
             ('{"do": "set-policy", "policy": "fifo"}', "has no agent now"),
         ):
             line.sendall(request.encode() + b"\n")
