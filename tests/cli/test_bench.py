@@ -61,7 +61,7 @@ class TestBench:
         ("arguments", "code", "line"),
         [
             (["toi"], 2, "wave: no benchmark 'toi' (did you mean 'toy'?); there are: "),
-            (["toy", "--round", "3"], 2, "wave: bench 'toy' has no option --round (did you mean 'rounds'?); it has: --seed, --rounds"),
+            (["toy", "--round", "3"], 2, "wave: bench 'toy' has no option --round (did you mean '--rounds'?); it has: --seed, --rounds"),
             (["toy", "--rounds", "3.5"], 2, "wave: --rounds 3.5: wants a whole number"),
             (["toy", "--share", "half"], 2, "wave: --share half: wants a number"),
             (["toy", "--rounds"], 2, "wave: --rounds of bench 'toy' wants a value"),
