@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import subprocess
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from waveos.host.kin import boot_ticks, family, heirs
+from waveos.host.enclave import parse_cpus, show_cpus
+from waveos.host.kin import birth, boot_ticks, family, heirs
 from waveos.host.restore import Entry, Journal, kind
 from waveos.host.sched import attributes
 from waveos.process import command_of, start_time
@@ -21,20 +25,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
 _GIVEN = ("FIFO", "EXT")
 """Policies that mechanisms give to threads."""
+_POSSIBLE = Path("/sys/devices/system/cpu/possible")
 
 
-def note_thread(journal: Journal, tid: int) -> int:
+def note_thread(journal: Journal, tid: int, elder: int | None = None) -> int:
     """Before a thread's policy, priority, nice value, slice or affinity is changed. Raises ProcessLookupError if it is gone.
 
     A thread that was born after its parent, or another thread of its process, had been changed is to be as that one was: it has inherited.
+    `elder`: the entry of the one that it comes from, for who knows; /proc names init as the parent once that one has ended. A thread that took its process's
+    number, by exec, comes from itself.
     """
     start, was, cpus = start_time(tid), attributes.read(tid), attributes.affinity(tid)
     if start is None:
         raise ProcessLookupError(tid)
-    if (kin := _elder(journal, tid, start)) is not None:
+    named = None if elder is None else journal.entry(elder)
+    if (kin := named or _elder(journal, tid, start)) is not None:
         was, cpus = attributes.Attributes(**kin["was"]), kin["cpus"]
-        if was.flags & attributes.RESET_ON_FORK:
-            was = attributes.Attributes(nice=max(0, was.nice) if was.policy in ("OTHER", "BATCH", "IDLE") else 0)
+        if kin is not named or start > kin["start"]:  # else it is the elder itself: exec gave it its process's birth, too
+            was = _passed_on(was)
     return journal.note("thread", __name__, what=tid, start=start, at=boot_ticks(), was=was.facts(), cpus=cpus)
 
 
@@ -46,21 +54,52 @@ def _elder(journal: Journal, tid: int, start: int) -> Entry | None:
     return None
 
 
+def _passed_on(was: attributes.Attributes) -> attributes.Attributes:
+    """What a child gets of that, by fork(2)."""
+    if not was.flags & attributes.RESET_ON_FORK:
+        return was
+    return attributes.Attributes(nice=max(0, was.nice) if was.policy in ("OTHER", "BATCH", "IDLE") else 0)
+
+
 @kind("thread")
 def _undo_thread(entry: Entry, dry_run: bool) -> str | None:
-    tid, was = entry["what"], attributes.Attributes(**entry["was"])
+    tid, was, cpus = entry["what"], attributes.Attributes(**entry["was"]), entry["cpus"]
     try:
         if start_time(tid) != entry["start"]:
             return None
-        if attributes.read(tid) == was and attributes.affinity(tid) == entry["cpus"]:
+        if attributes.read(tid) == was and attributes.affinity(tid) == cpus:
             return None
-        name = command_of(tid)
+        name, now = command_of(tid), cpus
         if not dry_run:
-            attributes.set_affinity(tid, entry["cpus"])
-            attributes.write(tid, was)
+            steps = [partial(attributes.write, tid, was), partial(_bind, tid, cpus)]
+            _do_all(reversed(steps) if was.policy == "DEADLINE" else steps)  # which the kernel gives only to a thread that may use all CPUs
+            now = attributes.affinity(tid)
     except ProcessLookupError:
         return None
-    return f"thread {tid} ({name}): {was}, CPUs {_ranges(entry['cpus'])}"
+    missing = sorted(set(cpus) - set(now))
+    return f"thread {tid} ({name}): {was}, CPUs {show_cpus(now)}" + (f" (it may not use {show_cpus(missing)} any more)" if missing else "")
+
+
+def _do_all(steps: Iterable[Callable[[], None]]) -> None:
+    """Each of them, though one fails; the first error is raised afterwards."""
+    errors = []
+    for step in steps:
+        try:
+            step()
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _bind(tid: int, cpus: Iterable[int]) -> None:
+    """Let the thread run on these CPUs again. If none of them is left to it (offline, or not in its cpuset), on all that are, as the kernel itself does."""
+    try:
+        attributes.set_affinity(tid, cpus)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        attributes.set_affinity(tid, parse_cpus(_POSSIBLE.read_text()))
 
 
 def note_heirs(journal: Journal, pid: int, session: bool = False) -> int:
@@ -68,28 +107,34 @@ def note_heirs(journal: Journal, pid: int, session: bool = False) -> int:
 
     With `session` all processes of its session count, also those whose parents have ended.
     """
-    was, cpus, of = attributes.read(pid), attributes.affinity(pid), os.getsid(pid) if session else 0
-    return journal.note("heirs", __name__, what=pid, at=boot_ticks(), session=of, was=was.facts(), cpus=cpus)
+    start, was, cpus, of = birth(pid), attributes.read(pid), attributes.affinity(pid), os.getsid(pid) if session else 0
+    return journal.note("heirs", __name__, what=pid, start=start, at=boot_ticks(), session=of, was=was.facts(), cpus=cpus)
 
 
 @kind("heirs")
 def _undo_heirs(entry: Entry, dry_run: bool) -> str | None:
-    was, cpus = attributes.Attributes(**entry["was"]), set(entry["cpus"])
-    found = []
-    for tid in heirs(entry["what"], entry["session"], entry["at"]):
+    was, cpus = _passed_on(attributes.Attributes(**entry["was"])), set(entry["cpus"])
+    found: dict[int, list[Callable[[], None]]] = {}
+    for tid in heirs(entry["what"], entry["session"], entry["at"], entry.get("start")):  # journals of before have no start
         with contextlib.suppress(ProcessLookupError):
             now, bound = attributes.read(tid), set(attributes.affinity(tid))
+            steps: list[Callable[[], None]] = []
             if now.policy in _GIVEN and was.policy not in _GIVEN:
-                found.append(tid)
-                if not dry_run:
-                    attributes.write(tid, was)
+                steps.append(partial(attributes.write, tid, was))
             if bound < cpus:
-                found.append(tid)
-                if not dry_run:
-                    attributes.set_affinity(tid, cpus)
+                steps.append(partial(_bind, tid, cpus))
+            if steps:
+                found[tid] = steps
     if not found:
         return None
-    return f"threads born of process {entry['what']} meanwhile ({', '.join(map(str, sorted(set(found))))}): {was}, CPUs {_ranges(sorted(cpus))}"
+    if not dry_run:
+        _do_all(partial(_unless_gone, steps) for steps in found.values())
+    return f"threads born of process {entry['what']} meanwhile ({', '.join(map(str, sorted(found)))}): {was}, CPUs {show_cpus(sorted(cpus))}"
+
+
+def _unless_gone(steps: list[Callable[[], None]]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        _do_all(steps)
 
 
 def note_file(journal: Journal, path: str | os.PathLike[str]) -> int:
@@ -173,14 +218,3 @@ def _undo_link(entry: Entry, dry_run: bool) -> str | None:
         if told.returncode:
             raise OSError(0, told.stderr.strip())
     return f"network interface {entry['what']}: removed"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0-3,5: as the kernel writes lists of CPUs."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from waveos.errors import ConfigError
-from waveos.host.kin import family
+from waveos.host.kin import family, stat
 from waveos.process import command_of, start_time
 
 PROC = Path("/proc")
@@ -133,7 +133,7 @@ class Command(Enclave):
         except (OSError, subprocess.SubprocessError) as error:
             raise ConfigError(f"cannot start {command[0]!r}: {error}") from error
         end = time.monotonic() + END_S
-        while _fields(self.process.pid)[:1] not in (["T"], []) and time.monotonic() < end:
+        while stat(self.process.pid)[:1] not in (["T"], []) and time.monotonic() < end:
             time.sleep(0.001)
 
     def go(self) -> None:
@@ -154,7 +154,7 @@ class Command(Enclave):
         found = []
         for folder in PROC.iterdir():
             if folder.name.isdigit():
-                fields = _fields(int(folder.name))
+                fields = stat(int(folder.name))
                 if fields and int(fields[3]) == self.process.pid and fields[0] not in "ZX":
                     found.append(int(folder.name))
         return found
@@ -189,16 +189,8 @@ def threads_of(pid: int) -> list[int]:
 
 def is_kernel_thread(pid: int) -> bool:
     """True for a thread of the kernel's own."""
-    fields = _fields(pid)
+    fields = stat(pid)
     return bool(fields) and bool(int(fields[6]) & _KERNEL_THREAD)
-
-
-def _fields(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on; [] if it is gone."""
-    try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def check_process(pid: int) -> None:
@@ -211,7 +203,7 @@ def check_process(pid: int) -> None:
         raise ConfigError("PID 1 starts and reaps all others; it is not for an enclave")
     if pid == os.getpid():
         raise ConfigError(f"PID {pid} is hostd itself")
-    tgid = next((int(line.split()[1]) for line in (PROC / str(pid) / "status").read_text().splitlines() if line.startswith("Tgid:")), pid)
+    tgid = family(pid)[0] or pid
     if tgid != pid:
         raise ConfigError(f"PID {pid} is a thread of process {tgid}; name the process, all its threads are taken")
 

@@ -137,8 +137,12 @@ class Hostd:
     def _adopt_all(self) -> None:
         """Take all members in; threads that were born meanwhile as well. Raises ConfigError when one cannot be had."""
         for pid, session in self.enclave.elders():
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 changes.note_heirs(self.journal, pid, session)
+            except ProcessLookupError:
+                pass  # it has ended
+            except OSError as error:
+                raise ConfigError(f"cannot take process {pid} into the enclave: {error.strerror or error}") from error
         for _ in range(100):
             fresh = [tid for tid in self.enclave.threads() if tid not in self._members]
             for tid in fresh:

@@ -6,7 +6,8 @@
     journal.undo_all()                               # newest first; what is gone is skipped, what fails stays and is told
 
 The file has a JSON object a line: the owner (pid and start time, and the machine's boot), then entries `{"n", "kind", "by", ...}` and settled ones
-`{"settled": [n, ...]}`. Lines are appended by one write each, so a kill leaves at most half a last line, whose change had not been made.
+`{"settled": [n, ...]}`. Lines are appended by one write each, so a kill leaves at most half a last line, whose change had not been made; and where there
+is no room for a line, nothing is written, and the change is not made.
 How an entry is undone is its kind's affair: `@kind` functions, in the module that the entry names. The folder is a tmpfs: a reboot forgets
 it as the kernel forgets the changes. `restore` is `wave restore`: it needs nothing but the files.
 """
@@ -14,6 +15,7 @@ it as the kernel forgets the changes. `restore` is `wave restore`: it needs noth
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -63,6 +65,7 @@ class Journal:
         self._open: dict[int, Entry] = {}
         self._subjects: dict[tuple[str, Any], Entry] = {}
         self._settled = 0
+        self._unsaid: list[int] = []  # settled, but there was no room to write so
         self._next = 1
         self._file = -1
         try:
@@ -86,12 +89,19 @@ class Journal:
         self._rewrite()
 
     def note(self, kind: str, by: str, **facts: Any) -> int:
-        """Write down a change that is about to be made; its number. `by` is the module whose `@kind` function undoes it."""
+        """Write down a change that is about to be made; its number. `by` is the module whose `@kind` function undoes it.
+
+        Raises OSError if it cannot be written: then the change must not be made.
+        """
         number, self._next = self._next, self._next + 1
-        entry = self._open[number] = {"n": number, "kind": kind, "by": by, **facts}
-        self._subjects[kind, facts.get("what")] = entry
+        entry = {"n": number, "kind": kind, "by": by, **facts}
         self._append(entry)
+        self._open[number] = self._subjects[kind, facts.get("what")] = entry
         return number
+
+    def entry(self, number: int) -> Entry | None:
+        """What is written down under that number; None if it is settled."""
+        return self._open.get(number)
 
     def find(self, kind: str, what: Any) -> Entry | None:
         """The newest entry about that subject that is not settled."""
@@ -99,18 +109,23 @@ class Journal:
         return entry if entry is not None and entry["n"] in self._open else None
 
     def settle(self, *numbers: int) -> None:
-        """Nothing is left to put back of these: their subject is gone, or was put back otherwise."""
+        """Nothing is left to put back of these: their subject is gone, or was put back otherwise.
+
+        Where there is no room to write so it is written with the next line: after a kill they are put back once more, which does no harm.
+        """
         gone = [self._open.pop(number) for number in numbers if number in self._open]
-        settled = [entry["n"] for entry in gone]
         for entry in gone:
             subject = entry["kind"], entry.get("what")
             if self._subjects.get(subject) is entry:
                 del self._subjects[subject]
-        if settled:
-            self._settled += len(settled)
-            self._append({"settled": settled})
+        if gone:
+            self._unsaid += [entry["n"] for entry in gone]
+            with contextlib.suppress(OSError):
+                self._append()
             if self._settled > max(_SETTLED_KEPT, len(self._open)):
-                self._rewrite()
+                self._settled = 0  # if it fails, it is tried again after as many
+                with contextlib.suppress(OSError):
+                    self._rewrite()
 
     def undo(self, *numbers: int) -> list[str]:
         """Put back these entries, newest first; lines about those that could not be, which stay written down."""
@@ -138,19 +153,28 @@ class Journal:
         """What is written down and not settled, oldest first."""
         return list(self._open.values())
 
-    def _append(self, line: Entry) -> None:
-        os.write(self._file, _line(line))
+    def _append(self, *lines: Entry) -> None:
+        """These, behind what is settled and not yet written: an older entry is never in force again beside a newer one of its subject."""
+        settled = [{"settled": self._unsaid}] if self._unsaid else []
+        _write(self._file, [*settled, *lines], self.path)
+        self._settled += len(self._unsaid)
+        self._unsaid = []
 
     def _rewrite(self) -> None:
-        """The same without what is settled, in one step."""
+        """The same without what is settled, in one step. Raises OSError, with the file as it was, if there is no room for both."""
         owner = {"wave": VERSION, "name": self.name, "pid": os.getpid(), "start": start_time(os.getpid()), "boot": _boot()}
         fresh = self.path.with_suffix(".new")
         file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        os.write(file, b"".join(map(_line, [owner, *self._open.values()])))
-        os.replace(fresh, self.path)
+        try:
+            _write(file, [owner, *self._open.values()], fresh)
+            os.replace(fresh, self.path)
+        except OSError:
+            os.close(file)
+            fresh.unlink(missing_ok=True)
+            raise
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._settled = file, 0
+        self._file, self._settled, self._unsaid = file, 0, []
 
 
 def path_of(name: str, folder: Path | None = None) -> Path:
@@ -294,5 +318,14 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _line(value: Entry) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
+def _write(file: int, lines: list[Entry], path: Path) -> None:
+    """All of the lines, at the end of the file, or nothing. Raises OSError. Where the next page cannot be had, write(2) writes a part and tells no error."""
+    whole = b"".join(json.dumps(line, separators=(",", ":"), ensure_ascii=True).encode() + b"\n" for line in lines)
+    try:
+        if (written := os.write(file, whole)) == len(whole):
+            return
+        os.ftruncate(file, os.fstat(file).st_size - written)
+        number = errno.ENOSPC
+    except OSError as error:
+        number = error.errno or 0
+    raise OSError(number, f"{path} cannot be written: {os.strerror(number)}")

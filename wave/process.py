@@ -25,6 +25,6 @@ def start_time(pid: int) -> int | None:
 def command_of(pid: int) -> str:
     """The name that the process or thread shows, for messages; "?" if it is gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()  # any bytes may be a name
     except OSError:
         return "?"

@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import numpy as np
 from waveos.errors import ConfigError
 from waveos.host import changes
 from waveos.host.bpf import Object, RingBuffer
+from waveos.host.kin import stat
 from waveos.host.sched import attributes
 from waveos.host.sched.half import CPUS, NOBODY, THREADS, Half
 from waveos.process import start_time
 from waveos.sched.records import KICKED
 
 PIDFD_THREAD = os.O_EXCL  # pidfd_open(2), Linux 6.9
-EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("spare", "u4")])
-FORK, GONE = 2, 3  # enum event_type in wave.bpf.h
+EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("from_pid", "u4")])
+FORK, GONE, EXEC = 2, 3, 4  # enum event_type in wave.bpf.h
+NOTHING = -1
+"""In place of an entry of the journal: there is nothing to put back."""
 SWEEP = 4
 """Members looked at in a tick, to see whether they live."""
 
@@ -37,6 +41,21 @@ class Adopt(ctypes.Structure):
         ("seq", ctypes.c_uint64),
         ("allowed", ctypes.c_uint64 * (CPUS // 64)),
     ]
+
+
+@dataclass
+class Member:
+    """A thread of the enclave: the kernel's number of it, the enclave's, when it started (which makes `pid` certain), and its entry in the journal."""
+
+    pid: int
+    number: int
+    start: int | None
+    entry: int
+
+    @property
+    def lives(self) -> bool:
+        """It has not ended."""
+        return self.start is not None and start_time(self.pid) == self.start
 
 
 class Governor:
@@ -53,12 +72,12 @@ class Governor:
         self._journal = journal
         self._silent_ns, self._default_ns = int(silent_ms * 1e6), int(default_ms * 1e6)
         self._member = attributes.prepare(member)
-        self._numbers: dict[int, int] = {}  # by pid: the enclave's number of it
-        self._entries: dict[int, int] = {}  # by pid: its entry in the journal
+        self._threads: dict[int, Member] = {}  # by pid
         self._free = deque(range(THREADS))
         self._round: Iterator[int] = iter(())  # members that are looked at next
         self._outside = 0  # children of members that could not be taken in
-        self._leaving: list[int] = []  # numbers whose thread has begun to exit
+        self._missed: dict[int, int] = {}  # by pid, children that ended before that: the entry of whom they came from, for their own children
+        self._leaving: list[Member] = []  # begin to exit, or were let go; they may be seen once more, so their numbers are not free yet
         self._governed = True  # members have the attributes that make them so
         self._alone_since_ns = 0  # since when no agent lives; 0: one does, or nobody has looked
         self._bpf = Object(path)
@@ -82,16 +101,16 @@ class Governor:
         """Do what the kernel's side cannot do by itself."""
         raise NotImplementedError
 
-    def adopt(self, pid: int) -> None:
-        """Take a thread in: journal, number, membership, then the change."""
-        if pid in self._numbers:
+    def adopt(self, pid: int, elder: int | None = None) -> None:
+        """Take a thread in: journal, number, membership, then the change. `elder`: the entry of whom it comes from, if that is known."""
+        if pid in self._threads:
             return
         if not self._free:
             raise ConfigError(f"the enclave holds {THREADS} threads, which is the most")
-        allowed = self._allowed(pid)
-        entry = changes.note_thread(self._journal, pid)
-        number = self._free.popleft()
-        request = Adopt(pid, number)
+        entry = changes.note_thread(self._journal, pid, elder)
+        allowed = self._allowed(entry)
+        member = Member(pid, self._free.popleft(), start_time(pid), entry)
+        request = Adopt(pid, member.number)
         for cpu in allowed:
             at = self._cpus.index(cpu)
             request.allowed[at // 64] |= 1 << at % 64
@@ -99,71 +118,105 @@ class Governor:
             pidfd = os.pidfd_open(pid, PIDFD_THREAD)
             try:
                 self._adopt.run(request)
-                self._members.set(pidfd, number)
+                self._members.set(pidfd, member.number)
             finally:
                 os.close(pidfd)
             if self._governed:
                 attributes.set_affinity(pid, allowed)
                 attributes.apply(pid, self._member)
-            self._look_at(pid, number, request)
+            self._look_at(member, request)
         except OSError:
-            self._forget(pid, number)
-            self._journal.undo(entry)
+            self._forget(member)
+            self._put_back(member)
             raise
-        self._numbers[pid], self._entries[pid] = number, entry
+        self._threads[pid] = member
 
-    def _allowed(self, pid: int) -> list[int]:
-        """The enclave's CPUs that the thread may use; all of them if it may use none."""
-        return sorted(set(attributes.affinity(pid)) & set(self._cpus)) or self._cpus
+    def _allowed(self, entry: int) -> list[int]:
+        """The enclave's CPUs that the thread may use; all of them if it may use none.
 
-    def _forget(self, pid: int, number: int) -> None:
-        """The thread is no member any more."""
+        By what is written down, not by what is: a decision may have bound the thread's parent to one CPU, which it inherited.
+        """
+        noted = self._journal.entry(entry) or {"cpus": []}
+        return sorted(set(noted["cpus"]) & set(self._cpus)) or self._cpus
+
+    def _forget(self, member: Member) -> None:
+        """The thread is no member any more; its entry in the journal is the caller's."""
         with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(pid, PIDFD_THREAD)
+            pidfd = os.pidfd_open(member.pid, PIDFD_THREAD)
             try:
                 self._members.delete(pidfd)
             finally:
                 os.close(pidfd)
-        self._release.run(Adopt(pid, number))
-        self._leaving.append(number)  # not free at once: one that is about to end may still be seen once more
+        self._release.run(Adopt(member.pid, member.number))
+        self._leaving.append(member)
 
-    def _look_at(self, pid: int, number: int, request: Adopt) -> None:
+    def _look_at(self, member: Member, request: Adopt) -> None:
         """A thread that waited for a CPU when it joined sends no message by itself: say so for it."""
-        request.seq = int(self._half.host["thread"]["seq"][0, number])
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R":
+        request.seq = int(self._half.host["thread"]["seq"][0, member.number])
+        if stat(member.pid)[:1] == ["R"]:
+            with contextlib.suppress(OSError):
                 self._seen.run(request)
 
     def number_of(self, pid: int) -> int | None:
         """The enclave's number of a member, by the kernel's."""
-        return self._numbers.get(pid)
+        member = self._threads.get(pid)
+        return None if member is None else member.number
 
     def release(self, pid: int) -> None:
         """Let a thread go, as it was."""
-        number = self._numbers.pop(pid, None)
-        if number is None:
-            return
-        self._journal.undo(self._entries.pop(pid))
-        self._forget(pid, number)
+        if (member := self._threads.pop(pid, None)) is not None:
+            self._put_back(member)
+            self._forget(member)
+
+    def _put_back(self, member: Member) -> None:
+        self._journal.undo(member.entry)
+        member.entry = NOTHING  # what could not be put back stays written down
+
+    def _holds(self, pid: int, number: int) -> bool:
+        """The thread with that pid is the one with that number still: one that exits needs its CPU like any other, and then its pid may be a stranger's."""
+        if (member := self._threads.get(pid)) is not None:
+            return member.number == number
+        return any(each.pid == pid and each.number == number and each.lives for each in self._leaving)
 
     def attend(self) -> None:
         """The doorbell, or news of births and deaths."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.doorbell)
-        for record in self._ring.poll():
+        records = self._ring.poll()
+        if not records:
+            self._missed.clear()  # all that they begot was heard of: it was in the ring before they were found to be gone
+        for record in records:
             event = np.frombuffer(record, EVENT)[0]
             pid = int(event["pid"])
             if event["type"] == FORK:
-                try:
-                    self.adopt(pid)
-                except ProcessLookupError:
-                    pass  # it has ended
-                except (OSError, ConfigError):  # the enclave is full, or the thread may not use its CPUs: it stays outside, the others go on
-                    self._outside += 1
-            elif event["type"] == GONE and (number := self._numbers.pop(pid, None)) is not None:
-                self._journal.settle(self._entries.pop(pid))
-                self._leaving.append(number)
+                self._join(pid, int(event["from_pid"]))
+            elif event["type"] == GONE and (member := self._threads.pop(pid, None)) is not None:
+                self._leaving.append(member)
+            elif event["type"] == EXEC and (member := self._threads.pop(int(event["from_pid"]), None)) is not None:
+                self._rename(member, pid)
         self._enforce()
+
+    def _join(self, pid: int, parent: int) -> None:
+        """The child of a member, or of one that was to be a member and has ended."""
+        elder = self._threads[parent].entry if parent in self._threads else self._missed.get(parent)
+        try:
+            self.adopt(pid, elder)
+        except ProcessLookupError:  # it has ended
+            if elder is not None:
+                self._missed[pid] = elder
+        except (OSError, ConfigError):  # the enclave is full, or the thread may not use its CPUs: it stays outside, the others go on
+            self._outside += 1
+
+    def _rename(self, member: Member, pid: int) -> None:
+        """The thread goes on as the first of its process, which has exited for it."""
+        for each in self._leaving:
+            if each.pid == pid:
+                self._release.run(Adopt(pid, each.number))
+        entry = NOTHING
+        with contextlib.suppress(OSError):  # it has ended, or the journal is full
+            entry = changes.note_thread(self._journal, pid, elder=member.entry)
+        self._threads[pid] = Member(pid, member.number, start_time(pid), entry)
+        self._journal.settle(member.entry)
 
     def tick(self) -> None:
         """Liveness, losses, numbers to be given again."""
@@ -180,20 +233,29 @@ class Governor:
             if self._governed and now_ns - self._alone_since_ns > self._default_ns:
                 self._let_be()
         self._sweep()
-        if self._leaving:
-            pids = half.host["thread"]["pid"][0]
-            self._free.extend(number for number in self._leaving if not pids[number])
-            self._leaving = [number for number in self._leaving if pids[number]]
+        self._bury()
+
+    def _bury(self) -> None:
+        """Numbers of those that are gone are free again. The kernel's side sees only ends on the enclave's CPUs, or of threads of its class."""
+        pids, staying = self._half.host["thread"]["pid"][0], []
+        for member in self._leaving:
+            if pids[member.number] and member.lives:
+                staying.append(member)
+                continue
+            if pids[member.number]:
+                self._release.run(Adopt(member.pid, member.number))
+            self._journal.settle(member.entry)
+            self._free.append(member.number)
+        self._leaving = staying
 
     def _sweep(self) -> None:
         """A few members a tick: one whose end was not heard of (it ended while it joined, or hostd was held up for long) is no member any more."""
         for _ in range(SWEEP):
             if (pid := next(self._round, None)) is None:
-                self._round = iter(list(self._numbers))
+                self._round = iter(list(self._threads))
                 return
-            if pid in self._numbers and start_time(pid) is None:
-                self._journal.settle(self._entries.pop(pid))
-                self._forget(pid, self._numbers.pop(pid))
+            if (member := self._threads.get(pid)) is not None and not member.lives:
+                self._forget(self._threads.pop(pid))
 
     def agent_here(self, generation: int) -> None:
         """Empty rings and the whole state for a new agent."""
@@ -210,20 +272,23 @@ class Governor:
     def _let_be(self) -> None:
         """No agent for long: the threads are the kernel's default again, and stay members."""
         self._governed = False
-        self._journal.undo(*self._entries.values())
+        self._journal.undo(*self._noted())
+
+    def _noted(self) -> list[int]:
+        return [member.entry for member in (*self._threads.values(), *self._leaving)]
 
     def _govern(self) -> None:
         """The members are ours again."""
         self._governed = True
-        for pid in list(self._numbers):
+        for pid, member in list(self._threads.items()):
             with contextlib.suppress(OSError):  # it has ended, or may not: then it stays the kernel's
-                self._journal.settle(self._entries[pid])
-                self._entries[pid] = changes.note_thread(self._journal, pid)
-                attributes.set_affinity(pid, self._allowed(pid))
+                self._journal.settle(member.entry)
+                member.entry = changes.note_thread(self._journal, pid)
+                attributes.set_affinity(pid, self._allowed(member.entry))
                 attributes.apply(pid, self._member)
-                self._find_again(pid, self._numbers[pid])
+                self._find_again(member)
 
-    def _find_again(self, pid: int, number: int) -> None:
+    def _find_again(self, member: Member) -> None:
         """A member that is governed again may have changed its state where the kernel's side does not look; here nothing is known of that."""
 
     def counters(self) -> dict[str, Any]:
@@ -237,13 +302,13 @@ class Governor:
 
     def pids(self) -> dict[int, int]:
         """The kernel's numbers of the members, by the enclave's."""
-        return {number: pid for pid, number in self._numbers.items()}
+        return {member.number: pid for pid, member in self._threads.items()}
 
     def close(self) -> None:
         """Everything as it was."""
-        self._journal.undo(*self._entries.values())
-        self._numbers.clear()
-        self._entries.clear()
+        self._journal.undo(*self._noted())
+        self._threads.clear()
+        self._leaving.clear()
         self._bpf.close()
         if self.doorbell >= 0:
             os.close(self.doorbell)

@@ -29,7 +29,7 @@ struct act {
 	u32 cpu; /* the kernel's */
 	s32 tid;
 };
-#define ACTS 64
+#define ACTS CPUS /* at most one a CPU */
 struct acts {
 	u64 n;
 	struct act act[ACTS];
@@ -173,10 +173,7 @@ static __always_inline bool arrive(s32 tid, u32 cpu, u64 now)
 	struct thread *t = thread_at(tid);
 
 	t->since_ns = now;
-	if (c->taken) {
-		c->taken = 0;
-		say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
-	}
+	back(cpu, now);
 	if (c->running == tid)
 		return false;
 	if (c->running >= 0) /* hostd moved it behind others, or the kernel did */
@@ -185,8 +182,7 @@ static __always_inline bool arrive(s32 tid, u32 cpu, u64 now)
 		vacate(t->cpu, MESSAGE_THREAD_PREEMPTED, now);
 	if (t->state == BLOCKED) /* it joined the enclave when it could run already */
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, cpu, now);
-	c->stray = tid;
-	host.strays++;
+	stray(tid, cpu);
 	count_try(cpu, tid);
 	return compare(cpu, now);
 }
@@ -204,8 +200,8 @@ int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_stru
 		return 0;
 	out = member_of(prev);
 	in = member_of(next);
-	if (out < 0 && in < 0)
-		return 0;
+	if (out < 0 && in < 0 && (next->pid || (cpu_at(cpu)->idle && !cpu_at(cpu)->taken)))
+		return 0; /* but a CPU that others leave idle is one the agent must know of */
 	now = bpf_ktime_get_ns();
 	bpf_spin_lock(&lock);
 	drain(now);
@@ -214,9 +210,13 @@ int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_stru
 	if (in >= 0) {
 		attend = arrive(in, cpu, now);
 		strays = cpu_at(cpu)->stray >= 0;
-	} else if (cpu_at(cpu)->running < 0) {
-		first(cpu, now); /* refuses what no longer holds */
-		tell_idle(cpu, now);
+	} else {
+		if (!next->pid)
+			back(cpu, now);
+		if (cpu_at(cpu)->running < 0) {
+			first(cpu, now); /* refuses what no longer holds */
+			tell_idle(cpu, now);
+		}
 	}
 	bpf_spin_unlock(&lock);
 	key = cpu;
@@ -263,7 +263,7 @@ static __always_inline void order(u32 type, s32 tid, u32 cpu)
 {
 	u64 at = acts.n;
 
-	if (at >= ACTS)
+	if (at >= ACTS || !thread_at(tid)->pid) /* 0 would be hostd itself */
 		return;
 	bounded(at, ACTS);
 	acts.act[at].type = type;

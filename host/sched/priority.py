@@ -16,12 +16,13 @@ import numpy as np
 
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
-from waveos.host.sched.governor import Adopt, Governor
+from waveos.host.sched.governor import Adopt, Governor, Member
+from waveos.host.sched.half import CPUS
 from waveos.sched.records import PREEMPT
 
 OBJECT = Path(__file__).with_name("priority.bpf.o")
 ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "i4")])
-ACTS = np.dtype([("n", "u8"), ("act", ACT, (64,))])
+ACTS = np.dtype([("n", "u8"), ("act", ACT, (CPUS,))])
 TAIL = 1
 
 
@@ -46,22 +47,24 @@ class Priority(Governor):
             self._unsettle = self._bpf.program("unsettle")
             if self._bpf.program("prepare").run():
                 raise ConfigError("the kernel gave no timer to the mechanism 'priority'")
-            self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit")
+            self._bpf.attach("on_switch", "on_wakeup", "on_wakeup_new", "on_fork", "on_exit", "on_exec")
         except BaseException:
             self.close()
             raise
 
-    def _find_again(self, pid: int, number: int) -> None:
+    def _find_again(self, member: Member) -> None:
         """A thread that was the kernel's for a while may have gone to sleep on a CPU that is not the enclave's, of which nobody was told."""
-        request = Adopt(pid, number)
+        request = Adopt(member.pid, member.number)
         self._unsettle.run(request)
-        self._look_at(pid, number, request)
+        self._look_at(member, request)
 
     def _enforce(self) -> None:
         """Move what is to be moved in the kernel's queue."""
         for at in range(self._attend.run()):
             act = self._acts["act"][at]
             pid = int(act["pid"])
+            if not self._holds(pid, int(act["tid"])):
+                continue
             with contextlib.suppress(OSError):  # it has ended, or may not any more: it runs as the kernel has it
                 if act["type"] != TAIL and len(self._cpus) > 1:
                     attributes.set_affinity(pid, [int(act["cpu"])])

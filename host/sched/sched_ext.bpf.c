@@ -136,8 +136,7 @@ void BPF_PROG(wave_running, struct task_struct *p)
 		if (c->running != tid) { /* without a decision: for a turn if there is no agent, else until the next look */
 			if (c->running >= 0)
 				vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
-			c->stray = tid;
-			host.strays++;
+			stray(tid, cpu);
 			turn_ns = governed() ? 0 : TURN_NS;
 		}
 	}
@@ -294,15 +293,6 @@ void BPF_PROG(wave_disable, struct task_struct *p)
 }
 
 /* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
-
-/* No higher class has the CPU any more. */
-static __always_inline void back(u32 cpu, u64 now)
-{
-	if (!cpu_at(cpu)->taken)
-		return;
-	cpu_at(cpu)->taken = 0;
-	say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
-}
 
 /* The CPU looks for its next thread: take in what came for it. */
 static __always_inline void arrive(u32 cpu, u64 now)

@@ -10,9 +10,8 @@ import numpy as np
 
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
-from waveos.host.sched.governor import Adopt, Governor
+from waveos.host.sched.governor import Governor
 from waveos.host.sched.half import CPUS
-from waveos.process import start_time
 
 OBJECT = Path(__file__).with_name("sched_ext.bpf.o")
 ENDED = np.dtype([("kind", "u8"), ("reason", "S64"), ("message", "S192")])
@@ -35,7 +34,7 @@ class SchedExt(Governor):
             self._bpf.section(".data").view(np.uint64)[0] = self._silent_ns
             self._visits: Any = self._bpf.section(".bss.visits")[: VISITS.itemsize].view(VISITS)[0]
             self._ended: Any = self._bpf.section(".bss.ended")[: ENDED.itemsize].view(ENDED)[0]
-            self._bpf.attach("on_fork", "on_exit", "on_switch")
+            self._bpf.attach("on_fork", "on_exit", "on_exec", "on_switch")
             self._scheduler: Any = self._bpf.struct_ops("wave_ops")
         except BaseException:
             self.close()
@@ -56,17 +55,9 @@ class SchedExt(Governor):
             self._refusal = b": ".join(filter(None, (self._ended["reason"], self._ended["message"]))).decode(errors="replace")
             self.agent_gone()
             self._let_be()
-        self._bury()
         super().tick()
         if self._governed and not self._half.live:
             self._enforce()
-
-    def _bury(self) -> None:
-        """A thread that ended while it was not of our class has no callback that says so: its number is free once it is gone."""
-        pids = self._half.host["thread"]["pid"][0]
-        for number in self._leaving:
-            if (pid := int(pids[number])) and start_time(pid) is None:
-                self._release.run(Adopt(pid, number))
 
     def counters(self) -> dict[str, Any]:
         """As any mechanism's; `ended_by_kernel` is the kernel's reason for the last time it ended the scheduler, or empty."""

@@ -61,7 +61,7 @@ struct thread {
 	u64 since_ns;  /* on a CPU since */
 	u64 ran_ns;    /* CPU time of this activation */
 	u32 pid;       /* the kernel's; 0: the number is free */
-	s32 cpu;       /* where it runs */
+	s32 cpu;       /* where it runs, or ran last, by decision or as a stray */
 	u32 epoch;     /* of the replay in which the agent heard of it */
 	u8 state;
 	u8 dying;
@@ -121,12 +121,12 @@ struct {
 } members SEC(".maps");
 
 /* To hostd: what it must know at once. */
-enum event_type { EVENT_ATTEND = 1, EVENT_FORK, EVENT_GONE, EVENT_LOST };
+enum event_type { EVENT_ATTEND = 1, EVENT_FORK, EVENT_GONE, EVENT_EXEC };
 struct event {
 	u32 type;
 	u32 pid;
 	s32 tid;
-	u32 spare;
+	u32 from_pid; /* FORK: its parent's; EXEC: what the thread's was */
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -182,11 +182,16 @@ static __always_inline s32 member_of(struct task_struct *task)
 }
 
 /* Tell hostd. Not under the lock. */
-static __always_inline void notify(u32 type, u32 pid, s32 tid)
+static __always_inline void notify_from(u32 type, u32 pid, s32 tid, u32 from_pid)
 {
-	struct event e = {.type = type, .pid = pid, .tid = tid};
+	struct event e = {.type = type, .pid = pid, .tid = tid, .from_pid = from_pid};
 
 	bpf_ringbuf_output(&events, &e, sizeof(e), 0);
+}
+
+static __always_inline void notify(u32 type, u32 pid, s32 tid)
+{
+	notify_from(type, pid, tid, 0);
 }
 
 /* Which of 256 buckets: four to each power of two of ns. */
@@ -288,6 +293,24 @@ static __noinline void say(u32 type, s32 tid, s32 cpu, u32 front, u64 now)
 	publish(m, type);
 }
 
+/* The thread is nobody's stray any more. */
+static __always_inline void unstray(s32 tid)
+{
+	struct thread *t = thread_at(tid);
+
+	if (t->cpu >= 0 && cpu_at(t->cpu)->stray == tid)
+		cpu_at(t->cpu)->stray = NOBODY;
+}
+
+/* The kernel runs the thread there without a decision. */
+static __always_inline void stray(s32 tid, u32 cpu)
+{
+	unstray(tid);
+	thread_at(tid)->cpu = cpu;
+	cpu_at(cpu)->stray = tid;
+	host.strays++;
+}
+
 /* News of a thread; the first after a replay began introduces it. */
 static __always_inline void tell(u32 type, s32 tid, s32 cpu, u32 front, u64 now)
 {
@@ -309,6 +332,15 @@ static __always_inline void tell_idle(u32 cpu, u64 now)
 		return;
 	c->idle = 1;
 	say(MESSAGE_CPU_IDLE, NOBODY, cpu, 0, now);
+}
+
+/* No higher class has the CPU any more. */
+static __always_inline void back(u32 cpu, u64 now)
+{
+	if (!cpu_at(cpu)->taken)
+		return;
+	cpu_at(cpu)->taken = 0;
+	say(MESSAGE_CPU_BACK, NOBODY, cpu, 0, now);
 }
 
 /* What became of a decision. */
@@ -722,6 +754,7 @@ int release(struct adopt *a)
 		else
 			change(a->tid, ABSENT, MESSAGE_THREAD_DEAD, NOBODY, now);
 	}
+	unstray(a->tid);
 	t->pid = 0;
 	bpf_spin_unlock(&lock);
 	return 0;
@@ -764,7 +797,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	if (!bpf_task_storage_get(&members, parent, 0, 0))
 		return 0;
 	bpf_task_storage_get(&members, child, &coming, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	notify(EVENT_FORK, child->pid, NOBODY);
+	notify_from(EVENT_FORK, child->pid, NOBODY, parent->pid); /* once the parent has ended, /proc names another */
 	return 0;
 }
 
@@ -779,5 +812,24 @@ int BPF_PROG(on_exit, struct task_struct *task)
 	thread_at(tid)->dying = 1;
 	bpf_spin_unlock(&lock);
 	notify(EVENT_GONE, task->pid, tid);
+	return 0;
+}
+
+/* A thread that is not the first of its process executes a program: it is the only one that is left, under the first one's number. */
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, s32 old_pid)
+{
+	s32 tid = member_of(task);
+
+	if (task->pid == old_pid || tid == NOBODY)
+		return 0;
+	if (tid == COMING) { /* it was to be taken in under a number that is nobody's now */
+		notify_from(EVENT_FORK, task->pid, NOBODY, old_pid);
+		return 0;
+	}
+	bpf_spin_lock(&lock);
+	thread_at(tid)->pid = task->pid;
+	bpf_spin_unlock(&lock);
+	notify_from(EVENT_EXEC, task->pid, tid, old_pid);
 	return 0;
 }

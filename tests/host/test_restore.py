@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -342,6 +344,74 @@ def test_a_damaged_journal_and_an_unknown_name_are_one_line_each(folder):
     assert restore.restore(["nobody"])[1] == [f"nobody: there is no journal {folder}/nobody/journal; known: k"]
     with pytest.raises(ConfigError, match="cannot name an enclave"):
         Journal("../etc")
+
+
+@contextlib.contextmanager
+def room(bytes_: int) -> Iterator[None]:
+    """Files end there: a write past it is short, and tells no error, as on a file system that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("spare", [0, 10])
+def test_a_change_that_finds_no_room_in_the_journal_is_refused_and_the_journal_stays_whole(folder, tmp_path, spare):
+    limits = [tmp_path / name for name in "abc"]
+    for limit in limits:
+        limit.write_text("100")
+    journal = Journal("k")
+    changes.note_file(journal, limits[0])
+    before = journal.path.read_bytes()
+    with room(len(before) + spare), pytest.raises(OSError, match=f"{journal.path} cannot be written"):
+        changes.note_file(journal, limits[1])
+    assert journal.path.read_bytes() == before
+    assert journal.find("file", str(limits[1])) is None and len(journal.entries) == 1
+    changes.note_file(journal, limits[2])
+    assert [entry["what"] for entry in restore.read(journal.path)[1]] == [str(limits[0]), str(limits[2])]
+    limits[2].write_text("5")
+    assert journal.close() == []
+    assert limits[2].read_text() == "100"
+
+
+def test_what_is_put_back_while_there_is_no_room_is_written_as_settled_with_the_next_line(folder, tmp_path):
+    limit = tmp_path / "limit"
+    limit.write_text("100")
+    journal = Journal("k")
+    first, second = changes.note_file(journal, limit), changes.note_file(journal, limit)
+    limit.write_text("5")
+    with room(journal.path.stat().st_size + 5):
+        assert journal.undo(second) == []
+    assert limit.read_text() == "100"
+    assert [entry["n"] for entry in journal.entries] == [first]
+    assert [entry["n"] for entry in restore.read(journal.path)[1]] == [first, second]
+    third = changes.note_file(journal, limit)
+    assert [entry["n"] for entry in restore.read(journal.path)[1]] == [first, third]
+    assert journal.close() == []
+
+
+def test_a_journal_that_finds_no_room_to_be_written_anew_stays_as_it_was(folder, tmp_path):
+    journal = Journal("k")
+    for name in "abc":
+        changes.note_new_file(journal, tmp_path / name)
+    before = journal.path.read_bytes()
+    with room(len(before) - 20), pytest.raises(OSError, match="No space left"):
+        journal._rewrite()
+    assert journal.path.read_bytes() == before
+    assert os.listdir(journal.path.parent) == ["journal"]
+    changes.note_new_file(journal, tmp_path / "d")
+    assert [entry["n"] for entry in restore.read(journal.path)[1]] == [1, 2, 3, 4]
+
+
+def test_an_owner_that_finds_no_room_says_so_and_leaves_what_a_dead_one_wrote(folder, tmp_path):
+    dead_owner(folder, "k", f"changes.note_new_file(journal, {str(tmp_path / 'never-made')!r})")
+    before = restore.path_of("k").read_bytes()
+    with room(40), pytest.raises(ConfigError, match=r"k cannot be used \(.*journal.new cannot be written: No space left on device\)"):
+        Journal("k")
+    assert restore.path_of("k").read_bytes() == before
+    assert restore.restore() == ([], [])
 
 
 def test_new_files_and_folders_are_removed(folder, tmp_path):

@@ -25,16 +25,28 @@ from waveos.sched.records import DECISION, KICKED, MESSAGE, OUTCOME, PREEMPT, SU
 
 PATIENCE_S = 60.0 if "hypervisor" in Path("/proc/cpuinfo").read_text() and Path("/sys/kernel/sched_ext").is_dir() else 10.0
 WORKER = """
-import mmap, os, sys
+import mmap, os, sys, threading, time
 orders, fd, at = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 busy = mmap.mmap(fd, 4096)
 while order := os.read(orders, 1):
     if order == b"f" and os.fork() == 0:
         os.read(orders, 1)
         os._exit(0)
+    if order == b"d":
+        if (middle := os.fork()) == 0:
+            if os.fork() == 0:
+                os.read(orders, 1)
+            os._exit(0)
+        os.waitpid(middle, 0)
     if order == b"m":
         held = mmap.mmap(-1, 128 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         held[:: mmap.PAGESIZE] = bytes(128 << 20 >> 12)
+    if order == b"x":
+        def execute():
+            while busy[at] != 2:
+                time.sleep(0.001)
+            os.execv(sys.executable, sys.orig_argv)
+        threading.Thread(target=execute).start()
     if order == b"y":
         while busy[at]:
             os.sched_yield()

@@ -324,6 +324,25 @@ def test_children_of_a_member_join_and_leave(enclave: Any) -> None:
     until(dead, "the child's end is told")
 
 
+def test_a_thread_that_executes_a_program_for_its_process_goes_on_as_the_first_thread(enclave: Any) -> None:
+    worker = enclave.worker()
+    before, mechanism = os.sched_getaffinity(worker.pid), enclave.mechanism
+    worker.tell(b"x")
+    until(lambda: (mechanism.attend(), len(mechanism.pids()) == 2)[-1], "the second thread is a member")
+    second = next(number for number, pid in mechanism.pids().items() if pid != worker.pid)
+    worker.busy[worker.at] = 2
+    until(lambda: (mechanism.attend(), enclave.number(worker.pid) == second)[-1], "the process is known by the second's number")
+    worker.rest()
+    until(worker.blocked, "the program waits for orders")
+    hand = Hand(mechanism)
+    assert place(enclave, hand, worker) == second
+    worker.rest()
+    mechanism.release(worker.pid)
+    assert os.sched_getscheduler(worker.pid) == os.SCHED_OTHER and os.sched_getaffinity(worker.pid) == before
+    until(lambda: (hand.beat(), mechanism.tick(), not mechanism.counters()["threads"])[-1], "both numbers are free")
+    assert not enclave.journal.undo_all() and mechanism.pids() == {}
+
+
 def test_a_released_thread_is_as_it_was(enclave: Any) -> None:
     worker = enclave.worker(adopted=False)
     before, cpus = attributes.read(worker.pid), attributes.affinity(worker.pid)
