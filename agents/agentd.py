@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,8 +37,8 @@ from waveos.policy.plain import PlainRuntime
 from waveos.primitives import CoherentMemory, clock_ns
 from waveos.process import start_time
 from waveos.record import VERSION
-from waveos.sched.laws import failure, make_runtime
-from waveos.sched.records import KICKED, MAX_THREADS, MESSAGE
+from waveos.sched.laws import DEPTH, failure, make_runtime
+from waveos.sched.records import KICKED, MAX_CPUS, MAX_THREADS, MESSAGE
 
 SLICE_NS = 20_000_000
 NETWORK = "zmq+tcp://"
@@ -54,6 +55,8 @@ PATIENCE_S = 5.0
 SWITCH_S = 0.000_5
 """How long the compiling of another policy may keep the loop from going on."""
 _PR_SET_PDEATHSIG = 1
+SIZES = {"cpus": (1, MAX_CPUS), "threads": (1, MAX_THREADS), "ahead": (0, DEPTH - 1)}
+"""What a runtime is made for: least and most."""
 RUNTIME_COUNTERS = ("waiting", "dropped", "restaged", "redelivered", "unserved")
 
 
@@ -71,6 +74,22 @@ class Orders:
     measure: bool = False
     record: Path | None = None
     status: Path | None = None  # where it tells of itself
+
+
+class Unfit(LinkError):
+    """What a host says of its enclave cannot be."""
+
+    final = True
+
+
+def find_sizes(facts: dict[str, Any], orders: Orders) -> dict[str, int]:
+    """CPUs, threads and decisions ahead of an enclave whose host says this. Raises Unfit for what cannot be, ConfigError if it is this agent that says it."""
+    found = {name: facts.get(name, getattr(orders, name)) for name in SIZES}
+    for name, (least, most) in SIZES.items():
+        if type(found[name]) is not int or not least <= found[name] <= most:
+            what = f"{name} {found[name]!r:.40}: {least} to {most} can be"
+            raise Unfit(f"the host says of its enclave {what}; mend what it says") if name in facts else ConfigError(f"--{what}")
+    return found
 
 
 class Task(threading.Thread):
@@ -162,9 +181,9 @@ class Served:
         if getattr(kind.subsystem, "PLAIN", False):
             PlainRuntime(kind, params)  # what is wrong with it is said now, and what its begin compiles is compiled
             return kind, None
-        cpus, threads, ahead = (facts.get(name, getattr(orders, name)) for name in ("cpus", "threads", "ahead"))
-        bound = kind.bind(n_cpus=cpus, params=params)
-        return bound, make_runtime(bound, cpus=cpus, threads=threads, ahead=ahead)
+        sizes = find_sizes(facts, orders)
+        bound = kind.bind(n_cpus=sizes["cpus"], params=params)
+        return bound, make_runtime(bound, **sizes)
 
     def _found(self, link: Any) -> None:
         self._link = link
@@ -286,6 +305,11 @@ class Served:
         return told
 
     @property
+    def name(self) -> str:
+        """What it is called where others are served as well."""
+        return self.url
+
+    @property
     def whose(self) -> tuple[str, str]:
         """The host ("": this one) and the enclave."""
         handed = getattr(self._link, "handed", None)
@@ -342,7 +366,7 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
     served: list[Served] = []
     reception: Any = None
     teller = Teller(orders.status) if orders.status else None
-    last: WaveError | None = None
+    last: Exception | None = None
     idle_ns = int(orders.idle_us * 1_000)
     try:
         served = [Served(url, policy, orders, rows[i : i + 1], i) for i, (url, policy) in enumerate(urls)]
@@ -372,14 +396,14 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
                     if status == POLICY_FAILED and (error := each.failed()):
                         raise error
                     each.step()
-                except WaveError as error:
-                    if len(served) > 1:
-                        log.say("agentd", f"{each.url}: {error}; the others go on", "error", url=each.url)
-                    last = error
+                except Exception as error:  # of whatever kind: it is one enclave's
+                    last, why = error, _explain(error)
+                    if len(served) > 1 or reception:
+                        log.say("agentd", f"{each.name}: {why}; the others go on", "error", url=each.url)
                     each.close()
                     served.remove(each)
                     if reception:
-                        reception.forget(each, str(error))
+                        reception.forget(each, why)
                     continue
                 if each.over:
                     served.remove(each)
@@ -397,12 +421,21 @@ def run_agent(urls: list[tuple[str, str | None]], orders: Orders) -> None:
         raise last
 
 
+def _explain(error: Exception) -> str:
+    """What ended an enclave, in one line; what nobody foresaw with its place."""
+    if isinstance(error, WaveError):
+        return str(error)
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{text} ({Path(frame.f_code.co_filename).name}:{line}); this is a bug in Wave, please report it"
+
+
 def _compile() -> None:
     """Have all that a host would wait for, once it has replayed its state, compiled or loaded before."""
     memory, own = np.zeros(ring.words(2), np.int64), np.zeros(ring.OWN_WORDS, np.int64)
     ring.create(CoherentMemory(memory), 2, VERSION, 1, 1)
-    ring.compiled().join_consumer(memory, own, VERSION, 1)
-    ring.compiled().join_producer(memory, own, VERSION, 1)
+    ring.compiled().join_consumer(memory, own, VERSION, 1, 2)
+    ring.compiled().join_producer(memory, own, VERSION, 1, 2)
     serve(np.zeros(1, ENCLAVE), 0, 0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from waveos import log
-from waveos.agents.agentd import Orders, Served
+from waveos.agents.agentd import Orders, Served, find_sizes
 from waveos.errors import LinkError
 from waveos.link.exchange import Door, Exchange, Facts, ZmqAgent
 from waveos.policy import load_policy
@@ -78,9 +78,7 @@ class Reception:
             until_s, why = self._barred.get((host, enclave), (0.0, ""))
             if time.monotonic() < until_s:
                 raise LinkError(why)
-            for name in ("cpus", "threads", "ahead"):
-                if name in facts and (not isinstance(facts[name], int) or isinstance(facts[name], bool)):
-                    raise LinkError(f"{name} {facts[name]!r} is no whole number")
+            find_sizes(facts, self._orders)
             place = next((i for i, guest in enumerate(self.guests) if guest is None), None)
             if place is None:
                 raise LinkError(f"{len(self.guests)} enclaves of other machines are served, which is the most: start another agentd at another port")

@@ -88,7 +88,7 @@ class Relay:
         self.far.await_agent(math.inf)
         self._joins = self.far.peer_joins()
         self.far.poll_txns(AT_ONCE)  # decided on a state that is no more
-        self._bell = facts.get("bell", -1)
+        self._bell = facts.get("bell", 0xFFFF_FFFF)
         return {"policy": self.far.policy, "params": {}}
 
     def _lasts(self) -> bool:

@@ -40,8 +40,12 @@ NEXT, CREDIT, CAPACITY, SHIFT, BASE, SHARE, LOST, IDENTITY = range(8)
 """A side's own words: next position; credit last seen (producer) or given (consumer); slots; log2 of slots; mark before the first
 lap; records a credit; records that found no room (producer); identity when it joined."""
 
-JOINED, NO_RING, OTHER_VERSION, OTHER_SUBSYSTEM = range(4)
-"""Answers of `join_producer` and `join_consumer`."""
+JOINED, NO_RING, OTHER_VERSION, OTHER_SUBSYSTEM, OTHER_CAPACITY, NO_POSITION = range(6)
+"""Answers of `join_producer` and `join_consumer`. The last two: the ring is not of the capacity that is expected, its credits are none."""
+
+MAX_SHIFT = 30
+MOST = (1 << 62) - 1
+"""Positions and counters in shared memory end here: what the peer has written there may be anything, and no sum of this side's is to overflow."""
 
 LOW, HIGH = 0xFFFF_FFFF, -0x1_0000_0000
 POLLS_A_CLOCK = 64
@@ -49,7 +53,7 @@ POLLS_A_CLOCK = 64
 
 def words(capacity: int) -> int:
     """The size of a ring's memory in words. Raises ValueError unless `capacity` is a power of two from 2 to 2**30."""
-    if not 2 <= capacity <= 1 << 30 or capacity & (capacity - 1):
+    if not 2 <= capacity <= 1 << MAX_SHIFT or capacity & (capacity - 1):
         raise ValueError(f"a ring has a power of two of slots, 2 to 2**30, not {capacity}")
     return HEADER_WORDS + capacity * LINE_WORDS
 
@@ -94,7 +98,7 @@ def restarted(memory: Any, own: Any) -> bool:
 
 
 @jitable
-def _join(memory: Any, own: Any, version: int, subsystem: int) -> int:
+def _join(memory: Any, own: Any, version: int, subsystem: int, capacity: int) -> int:
     found = identity(memory)
     if found >> 48 != MAGIC:
         return NO_RING
@@ -102,9 +106,12 @@ def _join(memory: Any, own: Any, version: int, subsystem: int) -> int:
         return OTHER_VERSION
     if (found >> 32) & 0xFF != subsystem:
         return OTHER_SUBSYSTEM
+    shift = (found >> 24) & 0xFF
+    if not 1 <= shift <= MAX_SHIFT or (capacity != 0 and 1 << shift != capacity):
+        return OTHER_CAPACITY
     own[IDENTITY] = found
-    own[SHIFT] = (found >> 24) & 0xFF
-    own[CAPACITY] = 1 << own[SHIFT]
+    own[SHIFT] = shift
+    own[CAPACITY] = 1 << shift
     own[SHARE] = max(1, own[CAPACITY] >> 2)
     own[BASE] = (found & 0xFFFF) << 16
     # Copies from before this ring was made may show a mark of this generation that an older ring, or chance, has left there.
@@ -112,37 +119,38 @@ def _join(memory: Any, own: Any, version: int, subsystem: int) -> int:
         invalidate(memory, line * LINE_WORDS)
     own[CREDIT] = load(memory, CREDIT_AT)
     own[NEXT] = own[CREDIT]
-    return JOINED
+    return JOINED if 0 <= own[CREDIT] <= MOST else NO_POSITION
 
 
 @jitable
-def join_producer(memory: Any, own: Any, version: int, subsystem: int) -> int:
+def join_producer(memory: Any, own: Any, version: int, subsystem: int, capacity: int = 0) -> int:
     """Become the producer, the first or the next after one that died at any point; JOINED, or why not.
 
     What the one before published stays published; what it had not finished is as if never sent. (The stores of a dead process all
     arrive, so the records of its last batch have come up to some record, without a gap.)
+    `capacity`: the slots that this side has memory for; a ring of another is not joined. 0: any, where nobody else can have written what the ring says.
     """
-    answer = _join(memory, own, version, subsystem)
+    answer = _join(memory, own, version, subsystem, capacity)
     if answer != JOINED:
         return answer
     end = own[CREDIT] + own[CAPACITY]
     while own[NEXT] < end and _is_there(memory, own, own[NEXT]):
         own[NEXT] += 1
-    own[LOST] = load(memory, OVERFLOW_AT)
-    store(memory, PRODUCERS_AT, load(memory, PRODUCERS_AT) + 1)
+    own[LOST] = load(memory, OVERFLOW_AT) & MOST
+    store(memory, PRODUCERS_AT, (load(memory, PRODUCERS_AT) & MOST) + 1)
     flush(memory, PRODUCERS_AT)
     return JOINED
 
 
 @jitable
-def join_consumer(memory: Any, own: Any, version: int, subsystem: int) -> int:
-    """Become the consumer, the first or the next after one that died; JOINED, or why not.
+def join_consumer(memory: Any, own: Any, version: int, subsystem: int, capacity: int = 0) -> int:
+    """Become the consumer, the first or the next after one that died; JOINED, or why not. `capacity` as for `join_producer`.
 
     After a death records that were taken but not yet credited (less than a quarter of the ring) come again.
     """
-    answer = _join(memory, own, version, subsystem)
+    answer = _join(memory, own, version, subsystem, capacity)
     if answer == JOINED:
-        store(memory, CONSUMERS_AT, load(memory, CONSUMERS_AT) + 1)
+        store(memory, CONSUMERS_AT, (load(memory, CONSUMERS_AT) & MOST) + 1)
         flush(memory, CONSUMERS_AT)
     return answer
 

@@ -297,6 +297,59 @@ def test_a_policy_that_fails_ends_its_enclave_alone(tmp_path, capfd):
     assert lines[1].startswith("wave: policy 'bad'") and len(lines) == 2
 
 
+def test_a_host_that_says_of_its_enclave_what_cannot_be_ends_its_enclave_alone(tmp_path):
+    memory, name = tmp_path / "memory", url()
+    memory.write_bytes(bytes(1 << 20))
+    with open_link(f"bar://{memory}", side="host", about={"cpus": 1 << 40, "threads": 8}), open_link(name, side="host") as second:
+        agent = start(f"bar://{memory}", "fifo", name, "fifo", "--cpus", "1")
+        try:
+            assert "bar://" in (line := agent.stderr.readline()), line
+            second.await_agent(DEADLINE_S)
+            second.send_messages(state(1))
+            assert until(lambda: decided(second))
+        finally:
+            agent.terminate()
+            _, error = agent.communicate(timeout=DEADLINE_S)
+    assert line.endswith("the host says of its enclave cpus 1099511627776: 1 to 1024 can be; mend what it says; the others go on\n")
+    assert (agent.returncode, error) == (0, "")
+
+
+UNFORESEEN = """
+import sys
+from waveos.agents import agentd
+from waveos.cli import run
+
+make_runtime = agentd.make_runtime
+
+def make(bound, **sizes):
+    if bound.policy.name == "round_robin":
+        raise ZeroDivisionError("what nobody foresaw")
+    return make_runtime(bound, **sizes)
+
+agentd.make_runtime = make
+sys.exit(run(["agentd", *sys.argv[1:]]))
+"""
+
+
+def test_what_nobody_foresaw_ends_one_enclave_and_is_said_once():
+    names = url(), url()
+    with open_link(names[0], side="host"), open_link(names[1], side="host") as second:
+        agent = subprocess.Popen(
+            [sys.executable, "-P", "-c", UNFORESEEN, names[0], "round_robin", names[1], "fifo", "--cpus", "1"], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            second.await_agent(DEADLINE_S)
+            second.send_messages(state(1))
+            assert until(lambda: decided(second))
+            second.close()
+            assert agent.wait(DEADLINE_S) == 70
+        finally:
+            agent.kill()
+            _, error = agent.communicate()
+    said = "ZeroDivisionError: what nobody foresaw (<string>:10); this is a bug in Wave, please report it"
+    assert error.splitlines() == [f"agentd: {names[0]}: {said}; the others go on", f"wave: {said} (WAVE_DEBUG=1 shows where)"]
+
+
 SIGNALLED = """
 import os, signal, sys
 from waveos.agents import agentd
@@ -327,6 +380,8 @@ def test_a_signal_ends_the_agent_after_what_it_is_in_the_middle_of():
         (["shm://x", "fifo", "--param", "quantum"], "--param 'quantum': write KEY=NUMBER"),
         (["shm://x", "fifi", "--patience", "0"], "did you mean 'fifo'"),
         (["shm://no-such-ring", "fifo", "--patience", "0"], "no host has a ring named 'no-such-ring'"),
+        (["shm://x", "fifo", "--cpus", "0"], "--cpus 0: 1 to 1024 can be"),
+        (["shm://x", "fifo", "--ahead", "9"], "--ahead 9: 0 to 3 can be"),
         (["shm:///no/such.sock", "fifo", "--patience", "0"], "there is no /no/such.sock: start `wave hostd` first"),
     ],
 )

@@ -281,6 +281,29 @@ def test_a_host_or_layout_of_another_version_or_subsystem_is_refused(url):
         open_link(url, side="agent").close()
 
 
+ATTACH = """
+import sys
+from waveos.errors import LinkError
+from waveos.link import open_link
+try:
+    open_link(sys.argv[1], side="agent")
+except LinkError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("at", "bits"), [(ring.IDENTITY_AT, 40 << 24), (ring.IDENTITY_AT, 0xFF << 24), (ring.CREDIT_AT, -1 << 63)])
+@pytest.mark.parametrize("queue", [MESSAGES, TXNS])
+def test_a_ring_in_which_the_host_wrote_what_cannot_be_is_a_line_and_not_the_end_of_the_agents_process(url, queue, at, bits):
+    with open_link(url, side="host", **SMALL) as host:
+        memory = host.queue(queue).memory
+        memory.store(ring.CREDIT_AT, 1 << 39)  # far out, were that capacity believed
+        memory.store(at, memory.load(at) & ~(0xFF << 24) | bits)
+        ended = subprocess.run([sys.executable, "-P", "-c", ATTACH, url], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "a queue of" in ended.stdout and "is not as its host said" in ended.stdout
+
+
 def test_a_host_lays_out_anew_what_another_version_left(url):
     with open_link(url, side="host") as host:
         stamp = host._stamp

@@ -19,7 +19,7 @@ from waveos.keys import LOOK_S, Keys
 from waveos.link import exchange as exchanges
 from waveos.link.frames import Kind, pack, pack_json
 from waveos.link.zmq import parse_url
-from waveos.sched import MESSAGE
+from waveos.sched import MESSAGE, Message
 from waveos.sched.records import SUBSYSTEM
 
 
@@ -172,6 +172,83 @@ def test_each_refusal_is_said_once_a_minute_at_most(machines, monkeypatch):
     for number in range(5_000):
         say(f"refused {number}")
     assert len(refusals(machines)) <= 2 + exchanges.MAX_ROUTES, "who has very many keys does not fill the log"
+
+
+ODD = ["0", "-1", "1000000000", "1" * 3_000, "1e999", "-1e999", "NaN", "2.0", "true", "null", '"8"', "[8]", '{"a": 1}', "[" * 400 + "]" * 400]
+"""What a hello may say where a number stands, as JSON."""
+
+
+def test_a_hello_that_says_what_cannot_be_is_refused_with_a_line_and_the_agent_serves_the_others(machines):
+    agentd = machines.agentd("fifo")
+    host = machines.link("host", about={"enclave": "honest", "cpus": 1, "threads": 8})
+    until(host.peer_alive)
+    hellos = [{"enclave": '"e"', "txns": "64", name: odd} for name in ("enclave", "txns", "messages", "cpus", "threads", "ahead") for odd in ODD]
+    hellos += [{"enclave": '"e"'}, {"enclave": '"e"', "txns": "64", "ahead": "4"}, {"txns": "64"}]
+    for number, told in enumerate(hellos):
+        body = "{" + ", ".join(f'"{name}": {value}' for name, value in told.items()) + "}"
+        with host._lock:
+            host._socket.send(pack(Kind.HELLO, record.VERSION, SUBSYSTEM, number, body=body.encode()))
+    host.send_messages(state())
+    assert until(lambda: host.poll_txns()["tid"].tolist()) == [3], "it decides for a host that came before"
+    later = machines.link("host", about={"enclave": "later", "cpus": 1, "threads": 8})
+    until(later.peer_alive, "and for one that comes after")
+    assert host.broken == 0
+    agentd.terminate()
+    _, error = agentd.communicate(timeout=60)
+    assert agentd.returncode == 0
+    lines = error.splitlines()
+    assert all(line.startswith("agentd: zmq+tcp://") and "refused h1: " in line and len(line) < 300 for line in lines), error
+    for says in (
+        "cpus 0: 1 to 1024 can be",
+        "threads 1000000000: 1 to 65536 can be",
+        "ahead 4: 0 to 3 can be",
+        "a hello says messages as a whole number, of 2 to 16777216 records",
+        "a hello says txns as a whole number, of 2 to",
+        "a hello says cpus as a whole number",
+        "a hello says enclave, a name",
+    ):
+        assert any(says in line for line in lines), says
+    assert len(set(lines)) == len(lines)
+
+
+def state() -> np.ndarray:
+    """An enclave with one idle CPU, and one thread that can run."""
+    told = np.zeros(5, MESSAGE)
+    told["version"], told["subsystem"], told["tid"], told["cpu"], told["seq"] = record.VERSION, SUBSYSTEM, -1, -1, 1
+    told["type"] = Message.RESYNC, Message.CPU_NEW, Message.CPU_IDLE, Message.THREAD_NEW, Message.THREAD_RUNNABLE
+    told["cpu"][1:3], told["tid"][3:] = 0, 3
+    return told
+
+
+def test_a_host_is_told_why_what_it_says_of_its_enclave_cannot_be_and_comes_in_once_it_can(machines):
+    agentd = machines.agentd("fifo")
+    host = machines.link("host", about={"enclave": "e", "cpus": 0})
+    until(lambda: "the host says of its enclave cpus 0: 1 to 1024 can be; mend what it says" in host.trouble)
+    host._about["cpus"] = 1
+    until(host.peer_alive)
+    assert agentd.poll() is None
+
+
+def test_a_welcome_or_refusal_that_says_what_cannot_be_makes_no_session_and_no_second_line(machines):
+    host = machines.link("host")
+
+    def hear(kind: Kind, body: str) -> None:
+        with host._lock:
+            host._hear(pack(kind, record.VERSION, SUBSYSTEM, host._asked, body=body.encode()))
+
+    deep = "[" * 400 + "]" * 400
+    for odd in ODD:
+        hear(Kind.WELCOME, f'{{"messages": {odd if odd != "1000000000" else 1 << 25}}}')
+        hear(Kind.REFUSED, f'{{"why": {odd}}}')
+        assert host._session is None
+        assert host.trouble.endswith(("does not say why", ": 8"))
+    for body in ("", "7", "{}", "\xff", deep, '{"messages": 1'):
+        hear(Kind.WELCOME, body)
+    assert host.nonsense == len(ODD) + 6
+    hear(Kind.REFUSED, '{"why": "a line\\nwave: and another\\u001b[31m"}')
+    assert host.trouble.endswith("refuses this host: a linewave: and another[31m")
+    hear(Kind.WELCOME, f'{{"messages": 64, "policy": {deep}, "pid": true}}')
+    assert (host._session is not None, host.policy, host.await_agent(0)) == (True, "", 0)
 
 
 # ── the files, and the command ───────────────────────────────────────────────────────────────────────────────────────

@@ -80,7 +80,7 @@ def test_an_enclave_goes_on_through_the_loss_of_agent_relay_and_hostd(machines, 
     until(lambda: not enclave.status()["agent"])
     enclave.relay = machines.wave(machines.host, "relay", enclave.name, machines.url)
     enclave.goes_on()
-    assert enclave.status()["agents_lost"] == 2
+    assert enclave.status()["agents_lost"] >= 2  # the relay may try between the two
 
 
 def test_the_same_through_a_bar_and_the_agent_takes_what_the_host_says_of_the_enclave(machines, tmp_path, monkeypatch, request):

@@ -193,3 +193,40 @@ def test_primitives_reach_the_array():
     words = np.zeros(3, np.int64)
     assert store_then_load(words) == 7
     assert words.tolist() == [0, 7, 0]
+
+
+WORD = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-3, 12))
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.sampled_from(["join_producer", "join_consumer"]), st.integers(0, 255), WORD, WORD, st.lists(WORD, min_size=4, max_size=4))
+def test_a_ring_in_which_the_peer_wrote_what_cannot_be_is_not_joined_and_no_slot_beyond_it_is_touched(verb, shift, credit, count, marks):
+    left = []
+    for functions, as_memory in ((RUN, np.asarray), (ring, CoherentMemory)):
+        words, own = np.zeros(ring.words(4), np.int64), np.zeros(ring.OWN_WORDS, np.int64)
+        memory = as_memory(words)
+        functions.create(memory, 4, 1, 1, 5)
+        words[ring.IDENTITY_AT] = ring.MAGIC << 48 | 1 << 40 | 1 << 32 | shift << 24 | 5
+        words[ring.CREDIT_AT], words[[ring.OVERFLOW_AT, ring.PRODUCERS_AT, ring.CONSUMERS_AT]] = credit, count
+        words[ring.HEADER_WORDS :: 8] = marks
+        before = words.copy()
+        answer = getattr(functions, verb)(memory, own, 1, 1, 4)
+        assert answer == (ring.OTHER_CAPACITY if shift != 2 else ring.JOINED if 0 <= credit <= ring.MOST else ring.NO_POSITION)
+        if answer == ring.JOINED:
+            assert functions.room(memory, own, 4) + own[ring.NEXT] - own[ring.CREDIT] == own[ring.CAPACITY] == 4
+            functions.send(memory, own, np.arange(64), 8)
+            functions.poll(memory, own, np.zeros(64, np.int64), 8)
+        else:
+            assert words.tobytes() == before.tobytes()
+            assert own[ring.CAPACITY] in (0, 4)
+        left.append((answer, words.tolist(), own.tolist()))
+    assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("shift", [0, 31, 40, 255])
+def test_a_ring_of_no_capacity_is_not_joined_though_none_is_expected(shift):
+    words = np.zeros(ring.words(4), np.int64)
+    words[ring.IDENTITY_AT] = ring.MAGIC << 48 | 1 << 40 | 1 << 32 | shift << 24 | 5
+    for functions, memory in ((RUN, words), (ring, CoherentMemory(words))):
+        for join in (functions.join_producer, functions.join_consumer):
+            assert join(memory, np.zeros(ring.OWN_WORDS, np.int64), 1, 1) == ring.OTHER_CAPACITY

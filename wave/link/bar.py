@@ -224,7 +224,7 @@ class BarLink(QueueVerbs):
     def _open_queue(self, memory: Any, kind: str, capacity: int) -> Queue:
         own, sends = np.zeros(ring.OWN_WORDS, np.int64), (kind == "messages") == (self.side == "host")
         join = ring.compiled().join_producer if sends else ring.compiled().join_consumer
-        if join(memory, own, VERSION, self.subsystem.SUBSYSTEM) != ring.JOINED or own[ring.CAPACITY] != capacity:
+        if join(memory, own, VERSION, self.subsystem.SUBSYSTEM, capacity) != ring.JOINED:
             raise LinkError(f"a queue of {self.url} is not as its host said: it restarts, or the device was reset: attach again")
         batch = np.zeros(0 if sends else BATCH, self._message if kind == "messages" else self._decision)
         return Queue(kind, sends, memory, own, batch, batch.view(np.int64))

@@ -35,6 +35,9 @@ CAPACITY = 65_536
 """Records of an agent's ring of messages, at most; a host may ask for less."""
 TXNS_CAPACITY = 16_384
 HOST_SILENCE_NS = int(HOST_SILENCE_S * 1e9)
+MAX_WINDOW = 1 << 24
+NUMBERS = ("txns", "messages", "cpus", "threads", "ahead")
+"""What a hello may say besides the enclave's name; `txns`, and `messages` if it is said, are windows, and what the others may be `Accept` knows."""
 MAX_ENCLAVES = 64
 """Of one address."""
 MAX_ROUTES = 1_024
@@ -55,10 +58,7 @@ class ZmqAgent(QueueVerbs):
         super().__init__(url, "agent", subsystem)
         self.facts: Facts = facts or {}
         self._exchange, self._alone = exchange, alone
-        capacity = CAPACITY
-        with contextlib.suppress(ValueError, TypeError):
-            capacity = 1 << (max(2, min(int(self.facts.get("messages", CAPACITY)), CAPACITY)) - 1).bit_length()
-        self.capacity = capacity
+        self.capacity = capacity = 1 << (min(self.facts.get("messages", CAPACITY), CAPACITY) - 1).bit_length()
         self._up: Lane | Pipe = Lane(self._message, capacity) if alone else Pipe("messages", capacity, subsystem.SUBSYSTEM, self._message, BATCH)
         self._down: Lane | Pipe = (
             Lane(self._decision, TXNS_CAPACITY) if alone else Pipe("txns", TXNS_CAPACITY, subsystem.SUBSYSTEM, self._decision, MAX_RECORDS)
@@ -320,13 +320,6 @@ class Door:
             self._answer(route, pack(Kind.RESET, VERSION, self.subsystem.SUBSYSTEM, frame.session))
 
     def _greet(self, route: bytes, public: str, host: str, frame: Frame) -> None:
-        facts = read_json(frame.body)
-        enclave = facts.get("enclave") if facts else None
-        window = facts.get("txns") if facts else None
-        if facts is None or not isinstance(enclave, str) or not NAME.fullmatch(enclave) or not isinstance(window, int) or not 2 <= window <= 1 << 24:
-            self._exchange.nonsense += 1
-            self._refuse(route, frame, "a hello says enclave, a name of at most 64 letters, digits, '.', '_' and '-', and txns, a number of records")
-            return
         try:
             if frame.version != VERSION:
                 raise LinkError(f"it speaks version {frame.version} of the contract, this agent version {VERSION}: install the same waveos on both")
@@ -334,6 +327,8 @@ class Door:
                 raise LinkError(
                     f"its subsystem is number {frame.subsystem}, this agent's policy is for {self.subsystem.SUBSYSTEM}: choose another port or policy"
                 )
+            facts = self._read_facts(frame)
+            enclave = facts["enclave"]
             agent = self.agents.get((public, enclave))
             if agent is not None and not agent._alone and agent.facts != facts:
                 self.forget(agent, "its host has changed")
@@ -344,12 +339,27 @@ class Door:
                 agent = self._accept(self, host, enclave, facts)
                 agent.host = host
                 self.agents[public, enclave] = agent
-        except (WaveError, ValueError) as error:
-            self._exchange.say_seldom(f"{self.url}: refused {host}: {error}")
-            self._refuse(route, frame, str(error))
+        except Exception as error:  # of whatever kind: it is this hello's, and others are served
+            why = str(error) if isinstance(error, WaveError) else f"{type(error).__name__}: {error}"
+            self._exchange.say_seldom(f"{self.url}: refused {host}: {why}")
+            self._refuse(route, frame, why)
             return
-        agent.asked = frame.session, route, window
+        agent.asked = frame.session, route, facts["txns"]
         agent.greet(self)
+
+    def _read_facts(self, frame: Frame) -> Facts:
+        """What a hello says of its enclave, and nothing else that it may say. Raises LinkError for what is of another kind than that."""
+        told = read_json(frame.body) or {}
+        enclave, facts = told.get("enclave"), {name: told[name] for name in NUMBERS if name in told}
+        if not isinstance(enclave, str) or not NAME.fullmatch(enclave):
+            self._exchange.nonsense += 1
+            raise LinkError("a hello says enclave, a name of at most 64 letters, digits, '.', '_' and '-'")
+        for name in ("txns", *facts):
+            window = name in ("txns", "messages")
+            if type(facts.get(name)) is not int or (window and not 2 <= facts[name] <= MAX_WINDOW):  # True is none
+                self._exchange.nonsense += 1
+                raise LinkError(f"a hello says {name} as a whole number" + (f", of 2 to {MAX_WINDOW} records" if window else ""))
+        return {"enclave": enclave, **facts}
 
     def _refuse(self, route: bytes, frame: Frame, why: str) -> None:
         self._answer(route, pack_json(Kind.REFUSED, VERSION, self.subsystem.SUBSYSTEM, frame.session, {"why": why[:300]}))

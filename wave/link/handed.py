@@ -43,6 +43,7 @@ class Handed:
         what `prepare` raises."""
         self.path, self.doorbell = path, -1
         self._queues: list[Words] = []
+        self._capacities: list[int] = []
         self._requests: list[Message] = []
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
@@ -76,9 +77,11 @@ class Handed:
         try:
             for descriptor, size in zip(descriptors, told["bytes"], strict=False):
                 words = np.frombuffer(mmap.mmap(descriptor, size // 8 * 8), np.int64)
-                if ring.words(1 << (int(words[ring.IDENTITY_AT]) >> 24 & 0xFF)) > len(words):
+                capacity = 1 << (int(words[ring.IDENTITY_AT]) >> 24 & 0xFF)
+                if ring.words(capacity) > len(words):
                     raise LinkError("a queue that hostd handed over is cut off; restart hostd")
                 self._queues.append(words)
+                self._capacities.append(capacity)  # what was found once: the memory is hostd's to change
         except (OSError, ValueError) as error:
             raise LinkError(f"a queue that hostd handed over cannot be used: {error}") from error
         finally:
@@ -127,7 +130,7 @@ class Handed:
         """Kind (0: none), 0 and capacity of a queue."""
         if number not in (MESSAGES, TXNS):
             return 0, 0, 0
-        return KINDS["messages" if number == MESSAGES else "txns"], 0, 1 << (int(self._queues[number][ring.IDENTITY_AT]) >> 24 & 0xFF)
+        return KINDS["messages" if number == MESSAGES else "txns"], 0, self._capacities[number]
 
     def map_queue(self, number: int) -> Words:
         """The memory of a queue's ring."""
@@ -151,7 +154,7 @@ class Handed:
         self._drop()
 
     def _drop(self) -> None:
-        self._queues = []
+        self._queues, self._capacities = [], []
         if self.doorbell >= 0:
             os.close(self.doorbell)
             self.doorbell = -1

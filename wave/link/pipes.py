@@ -84,8 +84,8 @@ class Pipe:
         self._memory: Words = np.zeros(ring.words(capacity), np.int64)
         ring.compiled().create(self._memory, capacity, VERSION, subsystem, 1)
         producer, consumer = np.zeros(ring.OWN_WORDS, np.int64), np.zeros(ring.OWN_WORDS, np.int64)
-        ring.compiled().join_producer(self._memory, producer, VERSION, subsystem)
-        ring.compiled().join_consumer(self._memory, consumer, VERSION, subsystem)
+        ring.compiled().join_producer(self._memory, producer, VERSION, subsystem, capacity)
+        ring.compiled().join_consumer(self._memory, consumer, VERSION, subsystem, capacity)
         self._producer, self._consumer = producer, consumer
         self._out: Records = np.zeros(batch, dtype)
         self._words: Words = self._out.view(np.int64)

@@ -168,7 +168,7 @@ class ShmLink(QueueVerbs):
         memory = self._segment.map_queue(number)
         ring.compiled().create(memory, capacity, VERSION, self.subsystem.SUBSYSTEM, self._segment.generation)
         self._segment.publish_queue(number, kind)
-        self._queues[number] = self._open_queue(memory, kind)
+        self._queues[number] = self._open_queue(memory, kind, capacity)
         return number
 
     def destroy_queue(self, queue: int) -> None:
@@ -233,18 +233,20 @@ class ShmLink(QueueVerbs):
     def queue(self, number: int) -> Queue:
         """The queue of that number, joined on first use. Raises LinkError if there is none."""
         if number not in self._queues:
-            kind, _, _ = self._segment.entry(number) if 0 <= number < 64 else (0, 0, 0)
+            kind, _, capacity = self._segment.entry(number) if 0 <= number < 64 else (0, 0, 0)
             names = {code: name for name, code in KINDS.items()}
             if kind not in names or self.side == "host":
                 raise LinkError(f"{self.url} has no queue {number}; it has {self._segment.queues()}")
-            self._queues[number] = self._open_queue(self._segment.map_queue(number), names[kind])
+            self._queues[number] = self._open_queue(self._segment.map_queue(number), names[kind], capacity)
         return self._queues[number]
 
-    def _open_queue(self, memory: Words, kind: str) -> Queue:
+    def _open_queue(self, memory: Words, kind: str, capacity: int) -> Queue:
+        if len(memory) < ring.words(capacity):
+            raise LinkError(f"a queue of {self.url} is smaller than its host says: restart the host")
         own = np.zeros(ring.OWN_WORDS, np.int64)
         sends = (kind == "messages") == (self.side == "host")
         join = ring.compiled().join_producer if sends else ring.compiled().join_consumer
-        answer = join(memory, own, VERSION, self.subsystem.SUBSYSTEM)
+        answer = join(memory, own, VERSION, self.subsystem.SUBSYSTEM, capacity)
         if answer == ring.OTHER_VERSION:
             spoken = ring.compiled().identity(memory) >> 40 & 0xFF
             raise LinkError(
@@ -252,6 +254,8 @@ class ShmLink(QueueVerbs):
             )
         if answer == ring.OTHER_SUBSYSTEM:
             raise LinkError(f"a queue of {self.url} is another subsystem's: check the ring name and the policy")
+        if answer in (ring.OTHER_CAPACITY, ring.NO_POSITION):
+            raise LinkError(f"a queue of {self.url} is not as its host made it, so somebody else writes there: restart the host")
         if answer != ring.JOINED:
             raise LinkError(f"a queue of {self.url} is out of service: its host has closed or restarted; reattach")
         batch = np.zeros(0 if sends else BATCH, self._message if kind == "messages" else self._decision)

@@ -307,8 +307,8 @@ class ZmqHost(QueueVerbs):
             self.stale += len(frame.body) // RECORD_BYTES
 
     def _note_refusal(self, frame: Frame) -> None:
-        told = read_json(frame.body) or {}
-        self._note(f"the agent at {self._endpoint} refuses this host: {str(told.get('why', 'it does not say why'))[:300]}")
+        why = _text((read_json(frame.body) or {}).get("why"), 300) or "it does not say why"
+        self._note(f"the agent at {self._endpoint} refuses this host: {why}")
 
     def _begin(self, frame: Frame) -> None:
         """The agent has agreed to the session that was asked for."""
@@ -475,7 +475,7 @@ class ZmqHost(QueueVerbs):
     @property
     def policy(self) -> str:
         """The agent's policy, as it says; "" before it has."""
-        return str(self._told.get("policy", ""))[:64]
+        return _text(self._told.get("policy"), 64)
 
     def check(self) -> None:
         """Raises LinkError once the link is closed."""
@@ -502,7 +502,7 @@ class ZmqHost(QueueVerbs):
                 self._socket.poll(10)
                 self._take_in()
         pid = self._told.get("pid")
-        return pid if isinstance(pid, int) else 0
+        return pid if isinstance(pid, int) and not isinstance(pid, bool) else 0
 
     def kill_wave_agent(self) -> None:
         """Stop the agent that this link started: SIGTERM, and SIGKILL if it is still there after 2 s. Nothing if there is none."""
@@ -540,3 +540,8 @@ class ZmqHost(QueueVerbs):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _text(told: Any, most: int) -> str:
+    """What the other side says, as far as it is text that can stand in a line of this one's; "" for what is none."""
+    return "".join(filter(str.isprintable, told[:most])) if isinstance(told, str) else ""
