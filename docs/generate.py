@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
@@ -86,7 +87,7 @@ def policy_page() -> str:
             "A handler's third argument, `txns`, collects what it orders; the runtime stamps and sends it when the handler returns.",
             f"One call of a handler may give {sched.orders.ORDERS_AT_ONCE} orders.",
             "",
-            *_functions([sched.run, sched.preempt, sched.set_timer], "sched."),
+            *_functions(sched, ["run", "preempt", "set_timer"], "sched."),
             *_state_section(),
             *_laws_section(),
             *_outcome_section(),
@@ -113,7 +114,7 @@ def _class_section() -> Iterator[str]:
         "for `print`, `breakpoint()` and coverage; `WAVE_DEBUG=1` shows the traceback behind an error's line.",
         "",
     ]
-    yield from _functions([policy.load_policy, policy.policy_names, policy.jitable])
+    yield from _functions(policy, ["load_policy", "policy_names", "jitable"])
 
 
 def _message_section() -> Iterator[str]:
@@ -135,15 +136,15 @@ def _message_section() -> Iterator[str]:
 
 
 def _state_section() -> Iterator[str]:
-    declarations = [state.ring, state.rings, state.heap, state.heaps, state.array, state.per_cpu, state.per_thread]
-    operations = [state.size, state.push, state.pop, state.heap_push, state.heap_pop, state.heap_key]
-    named = {each.__name__ for each in [*declarations, *operations]}
+    declarations = ["ring", "rings", "heap", "heaps", "array", "per_cpu", "per_thread"]
+    operations = ["size", "push", "pop", "heap_push", "heap_pop", "heap_key"]
+    named = {*declarations, *operations}
     wanted = set(state.__all__) - {"jitable"}
     assert named == wanted, f"state that is not described, or is no more: {named ^ wanted}"
     yield from ["## State", "", "Declared in the class body: fixed size, typed, one block of memory, zero at first. Handlers keep nothing else.", ""]
-    yield from _functions(declarations)
+    yield from _functions(state, declarations)
     yield from ["### Operations", "", "A full or empty queue is an error that stops the run and names the queue, never an overwrite.", ""]
-    yield from _functions(operations)
+    yield from _functions(state, operations)
 
 
 def _laws_section() -> Iterator[str]:
@@ -161,7 +162,7 @@ def _outcome_section() -> Iterator[str]:
 
 def _testing_section() -> Iterator[str]:
     yield from ["## Tests", "", "`waveos.testing` has what the project's own policies and links are tested with.", ""]
-    yield from _functions([testing.check_policy, testing.check_link, testing.record_stream, testing.interpreted], "testing.")
+    yield from _functions(testing, ["check_policy", "check_link", "record_stream", "interpreted"], "testing.")
 
 
 def _error_section() -> Iterator[str]:
@@ -321,10 +322,11 @@ def _doc(thing: Any) -> str:
     return inspect.getdoc(thing) or ""
 
 
-def _functions(functions: Iterable[Callable[..., Any]], prefix: str = "") -> Iterator[str]:
-    """Signature without types, and docstring."""
-    for function in functions:
-        yield from [f"**`{prefix}{function.__name__}{_signature(function)}`**", "", _doc(function), ""]
+def _functions(module: ModuleType, names: Iterable[str], prefix: str = "") -> Iterator[str]:
+    """Signature without types, and docstring, under the names by which the module offers them."""
+    for name in names:
+        function = getattr(module, name)
+        yield from [f"**`{prefix}{name}{_signature(function)}`**", "", _doc(function), ""]
 
 
 def _signature(function: Callable[..., Any]) -> str:

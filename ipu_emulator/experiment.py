@@ -13,7 +13,9 @@ although its runs are spread over the cores.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from statistics import fmean
@@ -22,9 +24,9 @@ from typing import Any, Protocol, TypeVar
 from waveos import __version__
 from waveos.errors import ConfigError
 from waveos.ipu_emulator.inputs import Inputs, mean_service_ns
-from waveos.ipu_emulator.job import KERNEL_POLICY, Ask, Configuration, Job
-from waveos.ipu_emulator.pool import SLICE_NS
-from waveos.names import nearest
+from waveos.ipu_emulator.job import KERNEL_POLICY, Ask, CallJob, Configuration, Job, policy_file
+from waveos.ipu_emulator.pool import SLICE_NS, open_pool
+from waveos.names import nearest, split_policy_file
 from waveos.scenario import MITIGATIONS, Goal, Scenario
 
 Point = dict[str, Any]
@@ -34,6 +36,11 @@ Progress = Callable[[int, int, str], None]
 
 UNLOADED_SHARE = 0.005
 """Of the workers' capacity: so little that requests do not meet each other."""
+
+_SEEN_SHARE = 0.001
+"""Of a class: so many requests show in the p99.9."""
+_TOLD = 4
+"""Of such classes and runs, those that a note names."""
 
 
 @dataclass
@@ -89,22 +96,59 @@ def ablation_steps(paper_order: Sequence[str] = MITIGATIONS) -> list[tuple[str, 
     return [(label, mitigations) for mitigations, label in kept.items()]
 
 
-def check_policies(scenario: Scenario) -> None:
-    """Refuse what would only fail in the middle of the runs: parameters for a policy that is neither run nor installed, an ablation of one not run."""
-    known = [*scenario.policies.names, *(entry.name for entry in entry_points(group="waveos.policies"))]
-    for name in scenario.policies.params:
-        if name not in known:
+_CALLED = {"sched": "", "net": "network "}
+"""Subsystems' policies in messages, where that is not the subsystem's name."""
+
+
+def check_policies(scenario: Any, subsystem: str = "sched", pool: Jobs | None = None) -> Any:
+    """The scenario, with each policy's parameters under the name that it is run by: those of one from a file may stand under the policy's own name.
+
+    Refuses what would only fail in the middle of the runs: a policy that is not installed or not of `subsystem`, parameters for a policy that is neither
+    run nor installed, an ablation of one not run. With a pool the policies are loaded in one of its processes. Raises ConfigError, PolicyError.
+    """
+    chosen, called = scenario.policies, _CALLED.get(subsystem, f"{subsystem} ")
+    wanted = [*chosen.names, *([chosen.ablation] if chosen.ablation else [])]
+    installed = sorted({entry.name for entry in entry_points(group="waveos.policies")})
+    for name in wanted:
+        if split_policy_file(name) is None and name not in installed:
+            where = "names" if name in chosen.names else "ablation"
             raise ConfigError(
-                f"policies.params.{name}: no policy of that name{nearest(name, known)}; this scenario runs {', '.join(scenario.policies.names)}"
+                f"policies.{where}: no {called}policy {name!r}{nearest(name, installed)}; installed: {', '.join(installed)}; or name a file, as my.py"
             )
-    for name in scenario.policies.names:
-        if ".py" not in name and name not in known[len(scenario.policies.names) :]:
-            installed = sorted(known[len(scenario.policies.names) :])
+    files = {name: policy_file(scenario, name) for name in wanted}
+    if pool is None:
+        own = own_names(tuple(files.values()), subsystem)
+    else:
+        pool.submit(CallJob("waveos.ipu_emulator.experiment:own_names", (tuple(files.values()), subsystem), ", ".join(wanted)))
+        [(_, own)] = pool.finished()
+    params: dict[str, dict[str, Any]] = {}
+    for key, values in chosen.params.items():
+        owners = [name for name in files if key in (name, files[name])] or [name for name in files if own[files[name]] == key]
+        if not owners and key not in installed:
+            runs = ", ".join(name if own[files[name]] == name else f"{name} ({own[files[name]]})" for name in chosen.names)
+            known = [*files, *own.values(), *installed]
+            raise ConfigError(f"policies.params.{key}: no {called}policy of that name{nearest(key, known)}; this scenario runs {runs}")
+        for name in owners or [key]:
+            params[name] = params.get(name, {}) | values
+    if params == chosen.params:
+        return scenario
+    return scenario.model_copy(update={"policies": chosen.model_copy(update={"params": params})})
+
+
+def own_names(files: Sequence[str], subsystem: str) -> dict[str, str]:
+    """The name that each policy has given itself. Raises ConfigError for one of another subsystem, PolicyError for one that cannot be loaded."""
+    from waveos.policy import load_policy, policy_names
+
+    found = {}
+    for file in files:
+        policy = load_policy(file)
+        theirs = policy.subsystem.__name__.rpartition(".")[2]
+        if theirs != subsystem:
             raise ConfigError(
-                f"policies.names: no policy {name!r}{nearest(name, installed)}; installed: {', '.join(installed)}; or name a file, as my.py"
+                f"policy {file!r} is of subsystem {theirs}, not {subsystem}; those of {subsystem}: {', '.join(policy_names(subsystem))}"
             )
-    if scenario.policies.ablation and scenario.policies.ablation not in known:
-        raise ConfigError(f"policies.ablation: no policy {scenario.policies.ablation!r}{nearest(scenario.policies.ablation, known)}")
+        found[file] = policy.name
+    return found
 
 
 def capacity_per_s(scenario: Scenario, inputs: Inputs) -> float:
@@ -162,6 +206,33 @@ def meets(point: Point, limits: Mapping[str, Mapping[str, float]]) -> bool:
         if seen and seen["count"] and any(seen[statistic] > limit for statistic, limit in wanted.items()):
             return False
     return True
+
+
+# ── calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def pool_or(pool: Jobs | None, most: int) -> Iterator[Jobs]:
+    """`pool`, or processes of one's own: for so many jobs, no more than there are cores; with WAVE_JIT=0 this process, for debugging."""
+    if pool is not None:
+        yield pool
+        return
+    with open_pool(None if os.environ.get("WAVE_JIT") == "0" else min(most, len(os.sched_getaffinity(0)))) as own:
+        yield own
+
+
+def run_calls(pool: Jobs, calls: Sequence[CallJob], progress: Progress = lambda done, expected, what: None) -> tuple[list[Any], bool]:
+    """What the calls gave, in their order, and whether Ctrl-C stopped them: then those that were not done are left out."""
+    numbers = {pool.submit(call): call for call in calls}
+    found: dict[int, Any] = {}
+    stopped = False
+    try:
+        for number, result in pool.finished():
+            found[number] = result
+            progress(len(found), len(calls), numbers[number].label)
+    except KeyboardInterrupt:
+        stopped = True
+    return [found[number] for number in numbers if number in found], stopped
 
 
 # ── searches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,7 +349,6 @@ class Comparison:
         machine: Any = None,
         only: Callable[[Configuration], bool] = lambda configuration: True,
     ) -> None:
-        check_policies(scenario)
         self.scenario, self.inputs = scenario, inputs
         self.grid = loads(scenario, inputs)
         self.configurations = [each for each in configurations(scenario) if only(each)]
@@ -451,7 +521,7 @@ class Comparison:
             yield row | self._saturation_keys(configuration)
 
     def _all_notes(self) -> list[str]:
-        notes = list(self.notes)
+        notes = [*self.notes, *self._unserved()]
         if self.interrupted:
             notes.append(f"stopped by hand after {self.runs} runs: what is missing was not measured")
         elif any(found.per_seed and min(found.per_seed) == 0 for found in self._saturations.values()):
@@ -461,6 +531,26 @@ class Comparison:
             if nowhere:
                 notes.append(f"the objective is met at no load by {', '.join(nowhere)}")
         return notes
+
+    def _unserved(self) -> Iterator[str]:
+        """What latencies do not tell: requests that had not finished, by how long they had lasted when the run ended, and runs that served none."""
+        shown = [(each.id, point) for each in self.configurations for point in self._points.get(each, {}).values()]
+        for name, point in shown:
+            if point.get("throughput_per_s") == 0 and any(of["count"] for of in point["classes"].values()):
+                why = "" if point["switches"] else ": the policy ran no thread"
+                yield f"{name} at {point['load_per_s']:,.0f}/s: nothing was served{why}"
+        late = [
+            f"{of['unfinished']:,} of {of['count']:,} {kind} requests ({name} at {point['load_per_s']:,.0f}/s)"
+            for name, point in shown
+            for kind, of in point["classes"].items()
+            if not point["saturated"] and of.get("unfinished", 0) > _SEEN_SHARE * of["count"]
+        ]
+        if late:
+            more = f", and {len(late) - _TOLD} more" if len(late) > _TOLD else ""
+            yield (
+                f"{', '.join(late[:_TOLD])}{more} had not finished when the run ended, and count as long as they had lasted: "
+                "real latencies are longer; lengthen it with --set run.duration_ms=..."
+            )
 
 
 def _send(search: Search, answers: list[Point]) -> list[Ask] | None:

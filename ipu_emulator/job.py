@@ -5,17 +5,22 @@ This module is light, so that the parent of the processes is; the engine is impo
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import ValidationError
 
 from waveos.errors import ConfigError
 from waveos.explain import explain_key
 from waveos.ipu_emulator.inputs import Arrivals, Inputs
+from waveos.ipu_emulator.pool import SLICE_NS
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, load_host, load_link
 from waveos.names import nearest, split_policy_file
 from waveos.scenario import RequestClass, Scenario
@@ -61,6 +66,8 @@ class Job:
     trace_from_ns: int = 0
     trace_for_ns: int = 0
 
+    subsystem: ClassVar[str] = "sched"
+
     @property
     def policy(self) -> str:
         """The policy to name when it does not return."""
@@ -68,38 +75,129 @@ class Job:
 
 
 @dataclass(frozen=True)
-class CostJob:
-    """Call `MODULE:FUNCTION(policies, params)` in a child, so that the parent loads nothing for it: what the policies' messages cost on this machine."""
+class CallJob:
+    """Call `MODULE:FUNCTION(*arguments)` in a child: a run of a model that knows no slices, or what the parent loads nothing for.
 
-    measure: str
-    policies: tuple[str, ...]
-    params: Mapping[str, Mapping[str, float]]
+    With `subsystem` the function is told `handling` as well, and shows there which of that subsystem's messages the policy is at (`watched`).
+    """
 
-    @property
-    def policy(self) -> str:
-        """The policies to name when the child dies."""
-        return ", ".join(self.policies)
+    function: str
+    arguments: tuple[Any, ...]
+    policy: str  # to name when the child dies, or the policy does not return
+    subsystem: str = ""
+    label: str = ""  # for progress
 
 
-class OpenCostJob:
-    """A cost job as the pool's child runs it."""
+class OpenCallJob:
+    """A call as the pool's child runs it: in one slice."""
 
-    def __init__(self, job: CostJob) -> None:
-        self._job = job
+    def __init__(self, job: CallJob, handling: int) -> None:
+        self._job, self._handling = job, handling
+        self._result: Any = None
 
     def advance(self, wall_ns: int) -> bool:
-        """Nothing is done in slices."""
+        """All of it."""
+        module, _, function = self._job.function.partition(":")
+        told = {"handling": self._handling} if self._job.subsystem else {}
+        self._result = getattr(import_module(module), function)(*self._job.arguments, **told)
         return True
 
     def result(self) -> Any:
-        """What the function says, ns by policy."""
-        module, _, function = self._job.measure.partition(":")
-        return getattr(import_module(module), function)(self._job.policies, self._job.params)
+        """What the function says."""
+        return self._result
 
 
-def open_job(job: Job | CostJob, handling: int) -> OpenJob | OpenCostJob:
+def open_job(job: Job | CallJob, handling: int) -> OpenJob | OpenCallJob:
     """The job, ready to advance. `handling`: address of the word that tells which message the policy is at; 0: none."""
-    return OpenCostJob(job) if isinstance(job, CostJob) else OpenJob(job, handling)
+    return OpenCallJob(job, handling) if isinstance(job, CallJob) else OpenJob(job, handling)
+
+
+class Inside:
+    """A pool for what runs in a pool's child already: its jobs run here, one after the other, and tell the child's watchdog of themselves."""
+
+    def __init__(self, handling: int) -> None:
+        self._handling = handling
+        self._queue: deque[tuple[int, Any]] = deque()
+        self._submitted = 0
+
+    def submit(self, setup: Any) -> int:
+        """Add a job, as `Pool.submit`."""
+        self._submitted += 1
+        self._queue.append((self._submitted, setup))
+        return self._submitted
+
+    def finished(self) -> Iterator[tuple[int, Any]]:
+        """Run the jobs in turn."""
+        while self._queue:
+            number, setup = self._queue.popleft()
+            job = open_job(setup, self._handling)
+            while not job.advance(SLICE_NS):
+                pass
+            yield number, job.result()
+
+
+@contextmanager
+def watched(handling: int) -> Iterator[None]:
+    """While it lasts, the watchdog at `handling` is told that this process goes on; the run itself is told `watch=handling`, and stores which message its
+    policy is at. A timer's signal says so, which Python hears between two calls of compiled code and not inside one. 0: nobody looks.
+    """
+    if not handling:
+        yield
+        return
+    slices = _slices(handling)
+
+    def go_on(_number: int, _frame: Any) -> None:
+        slices.value += 2  # odd as before: still inside a slice
+
+    with _ticking(go_on):
+        yield
+
+
+@contextmanager
+def watched_plain(handling: int, types: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
+    """As `watched`, where policies are plain Python: what a run is to call with the name of each handler, and "" after it.
+
+    `types`: the subsystem's messages. A handler that has something compiled or imported goes on.
+    """
+    if not handling:
+        yield lambda name: None
+        return
+    slices, word = _slices(handling), ctypes.c_uint64.from_address(handling)
+
+    def tell(name: str) -> None:
+        word.value = types.get(name, types["resync"]) if name else 0  # `start` is what a RESYNC calls
+        slices.value += 2
+
+    def go_on(_number: int, frame: Any) -> None:
+        while frame is not None:
+            if str(frame.f_globals.get("__name__")).partition(".")[0] in _MAKING:
+                slices.value += 2
+                return
+            frame = frame.f_back
+
+    with _ticking(go_on):
+        yield tell
+
+
+_MAKING = ("numba", "llvmlite", "importlib", "_frozen_importlib")
+"""Modules that compile or import what a plain policy calls for the first time."""
+
+
+@contextmanager
+def _ticking(act: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have `act` called each SLICE_NS, in between what Python does."""
+    before = signal.signal(signal.SIGALRM, act)
+    signal.setitimer(signal.ITIMER_REAL, SLICE_NS / 1e9, SLICE_NS / 1e9)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _slices(handling: int) -> ctypes.c_uint64:
+    """The child's other word (`waveos.ipu_emulator.pool`), before this one: slices begun and ended."""
+    return ctypes.c_uint64.from_address(handling - ctypes.sizeof(ctypes.c_uint64))
 
 
 @dataclass
@@ -138,7 +236,7 @@ def link_of(scenario: Scenario) -> LinkProfile:
     return _replaced(profile, "link.costs", scenario.link.costs) if scenario.link.costs else profile
 
 
-def policy_file(scenario: Scenario, name: str) -> str:
+def policy_file(scenario: Any, name: str) -> str:
     """A policy's name as `load_policy` takes it: a file is looked for here, then beside the scenario."""
     from pathlib import Path
 

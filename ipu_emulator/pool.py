@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
@@ -149,14 +151,15 @@ class Pool:
         if stuck_s >= self._patience_s and (child.cpu_s() - child.cpu_since >= self._patience_s / 2 or stuck_s >= 5 * self._patience_s):
             child.process.kill()
             assert child.job is not None
+            where = _handler_name(words[_HANDLING], child.job[1])
             raise PolicyError(
-                f"policy {_policy_of(child.job[1])!r} did not return from {_handler_name(words[_HANDLING])} within {self._patience_s:g} s and was stopped; "
+                f"policy {_policy_of(child.job[1])!r} did not return from {where} within {self._patience_s:g} s and was stopped; "
                 "look there for a loop that does not end, or run it with WAVE_JIT=0 to step through"
             )
 
 
 class Here:
-    """A pool that runs its jobs in this process, so that prints and pdb in a plain-Python policy work. There is no watchdog."""
+    """A pool that runs its jobs in this process, so that pdb in a plain-Python policy works, and its prints come to stderr. There is no watchdog."""
 
     def __init__(self, *, factory: str = ENGINE) -> None:
         self._factory = factory
@@ -167,6 +170,10 @@ class Here:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the jobs that have not begun."""
         self._queue.clear()
 
     def submit(self, setup: Any) -> int:
@@ -178,10 +185,12 @@ class Here:
         """Run the jobs in turn."""
         while self._queue:
             number, setup = self._queue.popleft()
-            simulation = _load(self._factory)(setup, 0)
-            while not simulation.advance(SLICE_NS):
-                pass
-            yield number, simulation.result()
+            with redirect_stdout(sys.stderr):  # what a policy prints is talk, not data
+                simulation = _load(self._factory)(setup, 0)
+                while not simulation.advance(SLICE_NS):
+                    pass
+                result = simulation.result()
+            yield number, result
 
 
 def open_pool(processes: int | None = None) -> Pool | Here:
@@ -225,9 +234,11 @@ def serve(pipe_fd: int, beat_fd: int, parent: int, factory: str, path: list[str]
                 False,
                 WaveError(f"policy {_policy_of(setup)!r}: not enough memory for this run; make it shorter with --set run.duration_ms=..."),
             )
+        except BrokenPipeError as error:  # who read what the policy prints has gone
+            answer = (False, BrokenPipeError(*error.args))
         except Exception as error:
             if os.environ.get("WAVE_DEBUG"):
-                raise
+                traceback.print_exc()
             answer = (
                 False,
                 WaveError(f"the engine failed on policy {_policy_of(setup)!r}: {type(error).__name__}: {error} (WAVE_DEBUG=1 shows where)"),
@@ -275,7 +286,7 @@ def _death(child: _Child) -> WaveError:
         )
     if code < 0:
         handling = child.words()[_HANDLING]
-        where = f" in {_handler_name(handling)}" if handling else ""
+        where = f" in {_handler_name(handling, child.job and child.job[1])}" if handling else ""
         return PolicyError(f"the process that simulated {what} died{where}: {signal.strsignal(-code)}; WAVE_JIT=0 checks every index of a policy")
     return WaveError(f"the process that simulated {what} ended with code {code} before it answered")
 
@@ -284,10 +295,9 @@ def _policy_of(setup: Any) -> str:
     return str(getattr(setup, "policy", "?"))
 
 
-def _handler_name(message_type: int) -> str:
-    from waveos.sched.records import Message
-
+def _handler_name(message_type: int, setup: Any) -> str:
+    records = importlib.import_module(f"waveos.{getattr(setup, 'subsystem', '') or 'sched'}.records")
     try:
-        return Message(message_type).name.lower()
+        return str(records.Message(message_type).name.lower())
     except ValueError:
         return f"message type {message_type}"

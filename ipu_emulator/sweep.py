@@ -15,9 +15,9 @@ from importlib.resources import files
 from typing import Any
 
 from waveos.errors import WaveError
-from waveos.ipu_emulator.experiment import Comparison
+from waveos.ipu_emulator.experiment import Comparison, check_policies
 from waveos.ipu_emulator.inputs import Inputs
-from waveos.ipu_emulator.job import OpenJob
+from waveos.ipu_emulator.job import Inside, OpenJob
 
 FACTORY = "waveos.ipu_emulator.sweep:open_point"
 """What a pool makes of a `PointJob`."""
@@ -41,13 +41,18 @@ class PointJob:
         """What to name when it does not return."""
         return f"{', '.join(self.scenario.policies.names)} at {self.label}"
 
+    @property
+    def subsystem(self) -> str:
+        """Whose messages its policies handle."""
+        return "sched" if self.scenario.subsystem == "vm" else str(self.scenario.subsystem)
+
 
 class OpenPoint:
     """A point as a pool's child runs it: `advance` in slices, then `result`."""
 
     def __init__(self, job: PointJob, handling: int) -> None:
         self._job = job
-        self._steps = _search(job, handling) if job.scenario.subsystem == "sched" else _compare(job)
+        self._steps = (_search if job.scenario.subsystem == "sched" else _compare)(job, handling)
         self._rows: Rows = []
 
     def advance(self, wall_ns: int) -> bool:
@@ -95,16 +100,17 @@ def code_hash() -> str:
 
 def _search(job: PointJob, handling: int) -> Generator[None, None, Rows]:
     assert job.inputs is not None
-    comparison = Comparison(job.scenario, job.inputs, link={}, only=lambda each: job.placement in ("all", each.world))
+    comparison = Comparison(check_policies(job.scenario), job.inputs, link={}, only=lambda each: job.placement in ("all", each.world))
     searches = comparison.searches(saturation=job.saturation, scan_loads=not job.saturation)
     yield from comparison.steps(searches, lambda run: OpenJob(run, handling))
     return rows_of(comparison.results())
 
 
-def _compare(job: PointJob) -> Generator[None, None, Rows]:
+def _compare(job: PointJob, handling: int) -> Generator[None, None, Rows]:
     experiment = import_module(f"waveos.ipu_emulator.{job.scenario.subsystem}.experiment")
     yield
-    return rows_of(experiment.compare(job.scenario, experiment.PLACEMENTS if job.placement == "all" else (job.placement,)))
+    places = experiment.PLACEMENTS if job.placement == "all" else (job.placement,)
+    return rows_of(experiment.compare(job.scenario, places, pool=Inside(handling)))
 
 
 def _plain(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -39,7 +39,7 @@ def filled_ns(histogram: np.ndarray[Any, Any], most: int = 1_000) -> list[tuple[
     filled, width = np.flatnonzero(histogram), 1
     while len(first := np.flatnonzero(np.diff(filled // width, prepend=-1))) > most:
         width *= 2
-    counts = np.add.reduceat(histogram[filled], first) if len(filled) else []
+    counts = np.add.reduceat(histogram[filled], first) if len(filled) else filled
     return [(int(_edges(int(bin) * width)[0]), int(count)) for bin, count in zip(filled[first] // width, counts, strict=True)]
 
 

@@ -105,7 +105,7 @@ def jitable_inline(function: F) -> F:
 
 
 def jitable_checked(function: F) -> F:
-    """As `jitable`, for authors of policies: an index that is out of bounds raises, as in the handlers themselves."""
+    """Likewise for authors of policies: compiled where the handlers are, and an index that is out of bounds raises, as in them."""
     plain: F = register_jitable(boundscheck=True)(function)
     return plain
 

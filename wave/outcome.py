@@ -13,7 +13,7 @@ class Outcome(Told):
     TARGET_GONE = 2, "the thread has exited or left the enclave"
     TARGET_NOT_RUNNABLE = 3, "the thread is blocked"
     TARGET_ON_CPU = 4, "the thread is already on a CPU"
-    CPU_UNAVAILABLE = 5, "a higher class of the kernel holds the CPU, or it is offline"
+    CPU_UNAVAILABLE = 5, "the thread may not run on the CPU (its affinity), or a higher class of the kernel holds it, or it is offline"
     NOT_IN_ENCLAVE = 6, "the thread or CPU is not the enclave's"
     SUPERSEDED = 7, "a later decision for the same CPU took its place before it was applied"
     INVALID = 8, "the record makes no sense: unknown type, number out of range, other version"

@@ -33,7 +33,7 @@ def read_parquet(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     arrow, parquet = _arrow()
     try:
         with path.open("rb") as file:
-            table = parquet.read_table(file)
+            table = parquet.read_table(file, use_threads=False, pre_buffer=False)  # a thread that begins as the command ends would abort it
     except OSError as error:
         if error.strerror:
             raise ConfigError(f"cannot read {path}: {error.strerror}; wants a results file of `wave sweep`") from None

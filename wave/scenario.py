@@ -7,6 +7,7 @@ read, where, and what to write instead. `Scenario.origin` tells where each value
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from waveos.errors import ConfigError
 from waveos.explain import explain_errors, lookup_origin
@@ -147,12 +148,26 @@ class Agent(Part):
     )
 
 
+def _a_number(value: Any) -> Any:
+    """What begins as a number has a unit of its own, which `waveos.explain` converts."""
+    if not isinstance(value, int | float) and not str(value)[:1].isdigit():
+        raise ValueError(f"{value!r} is no number; a policy's parameter is one, as 30 or 0.5")
+    return value
+
+
+Parameter = Annotated[bool | int | float, BeforeValidator(_a_number)]
+
+
 class Policies(Part):
-    """Which policies run, and their parameters."""
+    """Which policies run, and their parameters. Those of a policy from a file stand under its own name, or under the file as it is given."""
 
     names: list[str] = Field(default=["fifo", "shinjuku", "shinjuku_mq"], min_length=1, description='a list of policies, as ["fifo", "my_policy.py"]')
     ablation: str = Field(default="", description="the policy that is run with fewer mitigations; the last of names by default")
-    params: dict[str, dict[str, bool | int | float]] = Field(default={}, description="a table of parameters for each policy")
+    params: dict[str, dict[str, Parameter]] = Field(
+        default={},
+        description="a table of parameters, which are numbers, for each policy, by its own name or by its file: "
+        """`--set policies.params.mine.quantum_us=5` or `--set 'policies.params."./mine.py".quantum_us=5'`""",
+    )
 
 
 class Run(Part):
@@ -217,8 +232,8 @@ class Scenario(File):
         return self
 
 
-SUBSYSTEMS = ("sched", "memory", "net", "serving", "vm")
-"""Those with a model in virtual time. A scenario of another than "sched" has the keys of `SCHEMA` in `waveos.<subsystem>.scenario`."""
+SUBSYSTEMS = ("sched", "memory", "net", "vm")
+"""Those that have scenarios. One of another than "sched" has the keys of `SCHEMA` in `waveos.<subsystem>.scenario`."""
 
 
 def schema_of(raw: Mapping[str, Any], source: str) -> type[File]:
@@ -226,6 +241,8 @@ def schema_of(raw: Mapping[str, Any], source: str) -> type[File]:
     subsystem = raw.get("subsystem", "sched")
     if subsystem == "sched":
         return Scenario
+    if subsystem == "serving":
+        raise ConfigError(f"{source}: serving has no scenarios; see `wave serve`, `wave bench strata`; those that have: {', '.join(SUBSYSTEMS)}")
     if subsystem not in SUBSYSTEMS:
         raise ConfigError(f"{source}: subsystem = {subsystem!r}{nearest(str(subsystem), SUBSYSTEMS)}: no such; there are {', '.join(SUBSYSTEMS)}")
     schema: type[File] = import_module(f"waveos.{subsystem}.scenario").SCHEMA
@@ -235,8 +252,8 @@ def schema_of(raw: Mapping[str, Any], source: str) -> type[File]:
 def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()) -> Any:
     """The scenario of a shipped `name` or of a TOML file, with `settings` over it: a `Scenario`, or what another subsystem has for it.
 
-    A setting is `"key=value"` as after `--set` (the key dotted, classes by name or number, the value as in TOML, quotes optional) or
-    `(key, value, origin)` from another flag. Raises ConfigError for whatever cannot be, with file, line, key and remedy.
+    A setting is `"key=value"` as after `--set` (the key dotted, a step that holds a dot in quotes as in TOML, classes by name or number, the value as in
+    TOML, quotes optional) or `(key, value, origin)` from another flag. Raises ConfigError for whatever cannot be, with file, line, key and remedy.
     """
     path = find_scenario(name)
     try:
@@ -249,9 +266,10 @@ def load_scenario(name: str, settings: Iterable[str | tuple[str, Any, str]] = ()
     origin = dict.fromkeys((key for key, _ in flatten(raw)), str(path))
     for setting in settings:
         key, value, flag = _parse_setting(setting) if isinstance(setting, str) else setting
-        for old in [old for old in origin if old.startswith(key + ".")]:
+        dotted = ".".join(steps_of(key))
+        for old in [old for old in origin if old.startswith(dotted + ".")]:
             del origin[old]
-        origin.update(dict.fromkeys((inner for inner, _ in flatten(value, key)), flag))
+        origin.update(dict.fromkeys((inner for inner, _ in flatten(value, dotted)), flag))
         _assign(raw, key, value, flag)
     scenario = check_scenario(raw, source=str(path), text=text, origin=origin)
     scenario._base = path.parent
@@ -318,15 +336,38 @@ def parse_value(text: str) -> Any:
     return [parse_value(each.strip()) for each in text.split(",")] if "," in text and not text.startswith(("{", "[")) else text
 
 
+_QUOTED = r"\"[^\"]+\"|'[^']+'"
+_STEP = re.compile(rf"({_QUOTED})|([^.\"']+)")
+_KEY = re.compile(rf"((?:{_QUOTED}|[^=\"'])+)=")
+
+
 def _parse_setting(setting: str) -> tuple[str, Any, str]:
-    key, found, value = setting.partition("=")
+    key, found, value = _split_setting(setting)
     if not found or not key.strip():
         raise ConfigError(f"--set {setting}: wants key=value, as --set run.seed=7")
     return key.strip(), parse_value(value.strip()), "--set"
 
 
+def _split_setting(setting: str) -> tuple[str, str, str]:
+    """As `partition("=")`, at the first one that stands in no quoted step of the key."""
+    match = _KEY.match(setting)
+    return setting.partition("=") if match is None else (match[1], "=", setting[match.end() :])
+
+
+def steps_of(key: str) -> list[str]:
+    """The steps of a dotted key: those in quotes, as in TOML, may hold dots."""
+    if '"' not in key and "'" not in key:
+        return key.split(".")
+    found = _STEP.findall(key)
+    if ".".join(quoted or plain for quoted, plain in found) != key:
+        raise ConfigError(
+            f'{key}: a key is steps with dots between them; one that holds a dot stands in quotes, as policies.params."my.py".quantum_us'
+        )
+    return [quoted[1:-1] if quoted else plain for quoted, plain in found]
+
+
 def _assign(raw: dict[str, Any], key: str, value: Any, flag: str) -> None:
-    steps = key.split(".")
+    steps = steps_of(key)
     place: Any = raw
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1

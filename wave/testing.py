@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from waveos import sched
+from waveos.errors import PolicyError
 from waveos.link import open_link
 from waveos.outcome import Outcome
 from waveos.policy import Policy, load_policy
@@ -69,11 +71,12 @@ def interpreted() -> Iterator[None]:
 
 def check_policy(policy: str | type[Policy], *, seeds: int = 5, steps: int = 2_000, cpus: int = 4, threads: int = 32, **params: float) -> None:
     """Play `policy` (a name, file or class) against a host that wakes, blocks, preempts, kills and refuses at random; with and without prestaging.
+    It is for policies of sched; one of another subsystem is refused with PolicyError.
 
     Raises AssertionError where a law breaks: a thread waits while a CPU idles (unless the policy is not work-conserving), a thread is lost, or
     the compiled policy and its plain Python disagree. Raises PolicyError where the policy itself fails.
     """
-    chosen = load_policy(policy) if isinstance(policy, str) else policy
+    chosen = _of_sched(policy, "check_policy")
     for seed in range(seeds):
         for ahead in (0, 1):
             host = HostileHost(Replayed(chosen, cpus, threads, ahead, dict(params)), seed)
@@ -87,11 +90,19 @@ def check_policy(policy: str | type[Policy], *, seeds: int = 5, steps: int = 2_0
 
 
 def record_stream(policy: str | type[Policy], *, seed: int = 0, steps: int = 2_000, cpus: int = 4, threads: int = 32) -> tuple[Records, Records]:
-    """A stream of messages as a host sent them while `policy` decided, batch ends included, and those decisions."""
-    chosen = load_policy(policy) if isinstance(policy, str) else policy
+    """A stream of messages as a host sent them while `policy`, one of sched, decided, batch ends included, and those decisions."""
+    chosen = _of_sched(policy, "record_stream")
     host = HostileHost(Replayed(chosen, cpus, threads, 1), seed)
     host.play(steps)
     return host.stream(), host.decisions()
+
+
+def _of_sched(policy: str | type[Policy], what: str) -> type[Policy]:
+    chosen = load_policy(policy) if isinstance(policy, str) else policy
+    if chosen.subsystem is not sched:
+        subsystem = chosen.subsystem.__name__.rpartition(".")[2]
+        raise PolicyError(f"{what} is for policies of sched; {chosen.name!r} is one of {subsystem}")
+    return chosen
 
 
 def replay_over(host: Any, agent: Any, replayed: Replayed, messages: Records, chunk: int = 256) -> Records:

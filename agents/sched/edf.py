@@ -15,12 +15,13 @@ class Edf(Policy, subsystem=sched, name="edf"):
 
     waiting = heap(65_536)
     running_due = per_cpu()  # deadline of what runs there; 0: nothing, or a replacement is on its way
+    taken = per_cpu()  # by a higher class of the kernel: nothing is preempted there
 
     def thread_runnable(self, msg, txns):
         heap_push(self.waiting, due(msg.deadline_ns), msg.tid)
         victim, latest = -1, heap_key(self.waiting)
         for cpu in range(self.cpus):
-            if self.running_due[cpu] > latest:
+            if self.running_due[cpu] > latest and not self.taken[cpu]:
                 victim, latest = cpu, self.running_due[cpu]
         if victim >= 0:
             sched.run(txns, tid=heap_pop(self.waiting), cpu=victim, preempt=True)
@@ -35,6 +36,12 @@ class Edf(Policy, subsystem=sched, name="edf"):
 
     def thread_blocked(self, msg, txns):
         self.running_due[msg.cpu] = 0
+
+    def cpu_taken(self, msg, txns):
+        self.taken[msg.cpu] = 1
+
+    def cpu_back(self, msg, txns):
+        self.taken[msg.cpu] = 0
 
     def cpu_idle(self, msg, txns):
         if size(self.waiting):

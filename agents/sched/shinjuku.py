@@ -24,15 +24,16 @@ class Shinjuku(Policy, subsystem=sched, name="shinjuku"):
 
     runq = rings(CLASSES, 65_536)
     running_qos = per_cpu()  # class + 1 of what runs; 0: nothing, or it is being replaced
+    taken = per_cpu()  # by a higher class of the kernel: it neither asks nor is preempted
 
     def thread_runnable(self, msg, txns):
         qos = min(msg.qos, CLASSES - 1)
         push(self.runq[qos], msg.tid, front=msg.front)
         victim, lowest = -1, qos + 1
         for cpu in range(self.cpus):
-            if self.running_qos[cpu] == 0:
-                return  # a CPU is about to ask
-            if self.running_qos[cpu] < lowest:
+            if self.running_qos[cpu] < lowest and not self.taken[cpu]:
+                if self.running_qos[cpu] == 0:
+                    return  # a CPU is about to ask
                 victim, lowest = cpu, self.running_qos[cpu]
         if victim >= 0:
             self.running_qos[victim] = 0
@@ -52,6 +53,12 @@ class Shinjuku(Policy, subsystem=sched, name="shinjuku"):
 
     def thread_blocked(self, msg, txns):
         self.running_qos[msg.cpu] = 0
+
+    def cpu_taken(self, msg, txns):
+        self.taken[msg.cpu] = 1
+
+    def cpu_back(self, msg, txns):
+        self.taken[msg.cpu] = 0
 
     def cpu_idle(self, msg, txns):
         qos = highest(self)

@@ -7,12 +7,14 @@ class Srpt(Policy, subsystem=sched, name="srpt"):
 
     waiting = heap(65_536)
     until_ns = per_cpu()  # when the thread on the CPU would be done; 0: none runs
-    started_ns = per_cpu()
+    taken = per_cpu()  # by a higher class of the kernel: it neither asks nor is preempted
 
     def thread_runnable(self, msg, txns):
         heap_push(self.waiting, msg.work_ns, msg.tid)
         victim, longest = -1, msg.work_ns
         for cpu in range(self.cpus):
+            if self.taken[cpu]:
+                continue
             if self.until_ns[cpu] == 0:
                 return  # a CPU is free, and cpu_idle will be asked
             left = self.until_ns[cpu] - msg.time_ns
@@ -31,6 +33,12 @@ class Srpt(Policy, subsystem=sched, name="srpt"):
 
     def thread_blocked(self, msg, txns):
         self.until_ns[msg.cpu] = 0
+
+    def cpu_taken(self, msg, txns):
+        self.taken[msg.cpu] = 1
+
+    def cpu_back(self, msg, txns):
+        self.taken[msg.cpu] = 0
 
     def cpu_idle(self, msg, txns):
         if size(self.waiting):

@@ -8,7 +8,7 @@ behind the same runtime. `experiment` compares policies; this runs one.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,15 +71,15 @@ class Run:
     stops: list[tuple[float, str]]  # (virtual seconds, why): what the policy's safeguards did
 
 
-def simulate(setup: Setup) -> Run:
-    """Run it. Raises PolicyError when the policy fails."""
-    return _World(setup).run()
+def simulate(setup: Setup, handling: Callable[[str], None] = lambda name: None) -> Run:
+    """Run it. `handling`: see `PlainRuntime`. Raises PolicyError when the policy fails."""
+    return _World(setup, handling).run()
 
 
 class _World:
     """The processes and what they share."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, handling: Callable[[str], None]) -> None:
         self.setup = setup
         self.env = simpy.Environment()
         self.machine = Machine(
@@ -94,8 +94,8 @@ class _World:
         self.costs: LinkCosts = link_costs(setup.link, setup.mitigations)
         self.runtime: PlainRuntime | None = None
         if setup.policy not in (ORACLE, NOTHING):
-            self.runtime = PlainRuntime(load_policy(setup.policy), dict(setup.params))
-            _warm_up(setup)
+            self.runtime = PlainRuntime(load_policy(setup.policy), dict(setup.params), handling)
+            _warm_up(setup, handling)
         self.inbox: list[Any] = []
         self.arrived = self.env.event()
         self.link_host_ns = self.agent_ns = 0.0
@@ -274,9 +274,9 @@ class _World:
         }
 
 
-def _warm_up(setup: Setup) -> None:
+def _warm_up(setup: Setup, handling: Callable[[str], None]) -> None:
     """Let what the policy compiles be compiled before its time is measured."""
-    runtime = PlainRuntime(load_policy(setup.policy), dict(setup.params))
+    runtime = PlainRuntime(load_policy(setup.policy), dict(setup.params), handling)
     records = np.zeros(3, MESSAGE)
     records["type"] = Message.REGION_MAPPED, Message.ACCESSED, Message.BATCH_END
     records["count"], records["bytes"], records["batches"] = 64, PAGE_BYTES, 1

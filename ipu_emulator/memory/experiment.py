@@ -8,23 +8,27 @@ from typing import Any
 
 from waveos import __version__
 from waveos.errors import ConfigError
+from waveos.ipu_emulator.experiment import Jobs, check_policies, pool_or, run_calls
+from waveos.ipu_emulator.job import CallJob, policy_file, watched_plain
 from waveos.ipu_emulator.memory import NOTHING, ORACLE, SECOND, Setup, simulate
 from waveos.ipu_emulator.memory.access import Access, Moving, Recorded, Zipf
 from waveos.ipu_emulator.memory.machine import load_costs
 from waveos.ipu_emulator.profile import load_link
-from waveos.policy.find import check_chosen
+from waveos.memory import MESSAGE_TYPES
 
 PLACEMENTS = ("on-host", "offload")
 MAP_STEPS = 160
 Progress = Callable[[int, int, str], None]
 
 
-def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None) -> dict[str, Any]:
+def compare(
+    scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None, pool: Jobs | None = None
+) -> dict[str, Any]:
     """Run every policy of a memory scenario in each placement; what came out, as it stands in a results file.
 
-    On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
+    Runs in processes of its own, or in `pool`; one after the other where the policies' CPU time is measured. On KeyboardInterrupt what has been run is
+    returned, marked `interrupted`. Raises ConfigError, PolicyError.
     """
-    check_chosen(scenario.policies, "memory", "memory")
     wanted = [(NOTHING, "kernel"), (ORACLE, "oracle"), *((name, place) for name in scenario.policies.names for place in placements)]
     costs = load_costs(scenario.memory.costs, scenario.base)
     link = load_link(scenario.link.profile, scenario.base)
@@ -43,25 +47,27 @@ def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Pro
     }
     if scenario.agent.message_ns == "measured":
         results["notes"].append("policy cores are CPU time measured on this machine while the policy ran; everything else is modelled")
-    try:
-        for done, (policy, place) in enumerate(wanted):
-            run = simulate(setup_of(scenario, policy, place))
-            progress(done + 1, len(wanted), f"{policy} {place}")
-            results["configs"].append(
-                {
-                    "id": policy if place in ("kernel", "oracle") else f"{policy}/{place}",
-                    "policy": policy,
-                    "placement": place,
-                    "figures": {**run.figures, **cores(run.figures, place)},
-                    "series": {name: [round(value, 5) for value in values] for name, values in run.series.items()},
-                    "maps": {name: _coarse(rows) for name, rows in run.maps.items()} if place != "on-host" else {},
-                    "outcomes": run.outcomes,
-                    "stops": run.stops,
-                }
-            )
-    except KeyboardInterrupt:
-        results["interrupted"] = True
+    with pool_or(pool, 1 if scenario.agent.message_ns == "measured" else len(wanted)) as jobs:
+        checked = check_policies(scenario, "memory", jobs)
+        calls = [CallJob(f"{__name__}:run_config", (checked, policy, place), policy, "memory", f"{policy} {place}") for policy, place in wanted]
+        results["configs"], results["interrupted"] = run_calls(jobs, calls, progress)
     return results
+
+
+def run_config(scenario: Any, policy: str, place: str, handling: int = 0) -> dict[str, Any]:
+    """One policy in one placement. `handling`: see `waveos.ipu_emulator.job.watched_plain`."""
+    with watched_plain(handling, MESSAGE_TYPES) as tell:
+        run = simulate(setup_of(scenario, policy, place), tell)
+    return {
+        "id": policy if place in ("kernel", "oracle") else f"{policy}/{place}",
+        "policy": policy,
+        "placement": place,
+        "figures": {**run.figures, **cores(run.figures, place)},
+        "series": {name: [round(value, 5) for value in values] for name, values in run.series.items()},
+        "maps": {name: _coarse(rows) for name, rows in run.maps.items()} if place != "on-host" else {},
+        "outcomes": run.outcomes,
+        "stops": run.stops,
+    }
 
 
 def _coarse(rows: Any) -> list[list[float]]:
@@ -106,7 +112,7 @@ def setup_of(scenario: Any, policy: str, placement: str) -> Setup:
     link = load_link(scenario.link.profile if offload else scenario.link.on_host, scenario.base)
     speed = link.relative_speed if scenario.agent.speed == "profile" else float(scenario.agent.speed)
     return Setup(
-        policy,
+        policy_file(scenario, policy),
         access_of(scenario),
         load_costs(scenario.memory.costs, scenario.base),
         link,

@@ -83,9 +83,17 @@ class Outcome:
 
 
 def simulate(
-    setup: Setup, rate_per_s: float, *, requests: int = 200_000, warmup: float = 0.1, seed: int = 1, trace_ns: tuple[int, int] = (0, 0)
+    setup: Setup,
+    rate_per_s: float,
+    *,
+    requests: int = 200_000,
+    warmup: float = 0.1,
+    seed: int = 1,
+    trace_ns: tuple[int, int] = (0, 0),
+    watch: int = 0,
 ) -> Outcome:
-    """Run until so many requests are counted, after a warm-up of that share. `trace_ns`: write down what happens from when until when.
+    """Run until so many requests are counted, after a warm-up of that share. `trace_ns`: write down what happens from when until when. `watch`: address of
+    a word that is to tell which message the policy is at; 0: none.
 
     Raises PolicyError if the policy fails, ConfigError for a setup that cannot be.
     """
@@ -93,7 +101,7 @@ def simulate(
         raise ConfigError(f"{setup.workers} workers (1..{MAX_WORKERS}), {setup.stack_cores} stack cores, {rate_per_s} requests/s: not possible")
     classes, samples = _class_records(setup.classes)
     bound = load_policy(setup.policy).bind(n_cpus=setup.workers, params=setup.params)
-    runtime = make_runtime(bound, workers=setup.workers)
+    runtime = make_runtime(bound, workers=setup.workers, watch=watch)
     machine, clock, message = np.zeros(1, engine.MACHINE), np.zeros(1, CLOCK), np.zeros(1, MESSAGE)
     for name in (
         "flows",

@@ -11,11 +11,11 @@ from typing import Any
 
 from waveos import __version__
 from waveos.errors import ConfigError
-from waveos.ipu_emulator.experiment import limits_us
+from waveos.ipu_emulator.experiment import Jobs, check_policies, limits_us, pool_or, run_calls
 from waveos.ipu_emulator.inputs import Nanoseconds, is_file, mean_service_ns, read_samples, wanted_samples
+from waveos.ipu_emulator.job import CallJob, policy_file, watched
 from waveos.ipu_emulator.net import Outcome, RequestClass, Setup, simulate, throughput_at
 from waveos.names import nearest
-from waveos.policy.find import check_chosen
 
 PLACEMENTS = ("on-host", "offload")
 KERNEL = "rss", "kernel"
@@ -54,12 +54,13 @@ def _read_costs(name: str, base: Path) -> dict[str, Any]:
         raise ConfigError(f"service.costs: {path} cannot be read: {error}") from None
 
 
-def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None) -> dict[str, Any]:
+def compare(
+    scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None, pool: Jobs | None = None
+) -> dict[str, Any]:
     """Run every policy of a network scenario in each placement over its loads; what came out, as it stands in a results file.
 
-    On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
+    Runs in processes of its own, or in `pool`. On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
     """
-    check_chosen(scenario.policies, "net", "network")
     inputs = read_inputs(scenario)
     wanted = [KERNEL, *((name, place) for name in scenario.policies.names for place in placements)]
     grid = loads(scenario, inputs)
@@ -76,18 +77,24 @@ def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Pro
         "notes": [],
         "interrupted": False,
     }
-    try:
-        for done, (policy, place) in enumerate(wanted):
-            results["configs"].append(_run(scenario, inputs, policy, place, grid))
-            progress(done + 1, len(wanted), f"{policy} {place}")
-    except KeyboardInterrupt:
-        results["interrupted"] = True
+    with pool_or(pool, len(wanted)) as jobs:
+        checked = check_policies(scenario, "net", jobs)
+        calls = [
+            CallJob(f"{__name__}:run_config", (checked, inputs, policy, place, grid), policy, "net", f"{policy} {place}") for policy, place in wanted
+        ]
+        results["configs"], results["interrupted"] = run_calls(jobs, calls, progress)
     return results
 
 
-def _run(scenario: Any, inputs: Inputs, policy: str, place: str, grid: list[float]) -> dict[str, Any]:
+def run_config(scenario: Any, inputs: Inputs, policy: str, place: str, grid: list[float], handling: int = 0) -> dict[str, Any]:
+    """One policy in one placement at all loads, and what it serves within the goals. `handling`: see `waveos.ipu_emulator.job.watched`."""
+    with watched(handling):
+        return _run(scenario, inputs, policy, place, grid, handling)
+
+
+def _run(scenario: Any, inputs: Inputs, policy: str, place: str, grid: list[float], watch: int) -> dict[str, Any]:
     setup = setup_of(scenario, inputs, policy, place, grid[-1])
-    options = {"requests": scenario.run.requests, "warmup": scenario.run.warmup_share, "seed": scenario.run.seed}
+    options = {"requests": scenario.run.requests, "warmup": scenario.run.warmup_share, "seed": scenario.run.seed, "watch": watch}
     points = [_point(scenario, load, simulate(setup, load, **options)) for load in grid]
     limits = _limits(scenario, inputs)
     figures: dict[str, float] = {}
@@ -165,7 +172,7 @@ def setup_of(scenario: Any, inputs: Inputs, policy: str, place: str, highest_per
     ways: dict[str, Any] = {key: costs[key] if offload else 0 for key in ("to_agent_ns", "to_host_ns", "pick_up_ns")}
     agent: dict[str, Any] = {key: round(costs[key] / speed) if place != "kernel" else 0 for key in ("message_ns", "decision_ns")}
     return Setup(
-        policy,
+        policy_file(scenario, policy),
         scenario.service.workers,
         [_class_of(each, inputs) for each in scenario.workload.classes],
         params=dict(scenario.policies.params.get(policy, {})),
@@ -193,7 +200,6 @@ def _class_of(each: Any, inputs: Inputs) -> RequestClass:
 
 def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: float | None, for_ms: float) -> tuple[Any, dict[str, Any]]:
     """The packets of some milliseconds of a run of the last policy, and what their numbers mean. Raises ConfigError."""
-    check_chosen(scenario.policies, "net", "network")
     inputs = read_inputs(scenario)
     grid = loads(scenario, inputs)
     load = grid[len(grid) // 2] if load_per_s is None else load_per_s
@@ -203,14 +209,10 @@ def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: floa
     begin_ns = round((from_ms * 1e-3 if from_ms is not None else scenario.run.warmup_share * scenario.run.requests / load) * 1e9)
     until_ns = begin_ns + round(for_ms * 1e6)
     counted = max(1_000, math.ceil(1.05 * load * until_ns * 1e-9))  # as many as surely are under way until then
-    outcome = simulate(
-        setup_of(scenario, inputs, policy, place, max(load, grid[-1])),
-        load,
-        requests=counted,
-        warmup=0.0,
-        seed=scenario.run.seed,
-        trace_ns=(begin_ns, until_ns),
-    )
+    with pool_or(None, 1) as jobs:
+        arguments = (check_policies(scenario, "net", jobs), inputs, policy, place, max(load, grid[-1]), load, counted, (begin_ns, until_ns))
+        jobs.submit(CallJob(f"{__name__}:run_traced", arguments, policy, "net"))
+        [(_, events)] = jobs.finished()
     meta = {
         "scenario": scenario.name,
         "configuration": f"{policy}/{place}",
@@ -219,4 +221,21 @@ def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: floa
         "timing": "modelled",
         "classes": [each.name for each in scenario.workload.classes],
     }
-    return outcome.trace, meta
+    return events, meta
+
+
+def run_traced(
+    scenario: Any,
+    inputs: Inputs,
+    policy: str,
+    place: str,
+    highest_per_s: float,
+    load_per_s: float,
+    requests: int,
+    trace_ns: tuple[int, int],
+    handling: int = 0,
+) -> Any:
+    """The events of one run. `handling`: see `waveos.ipu_emulator.job.watched`."""
+    setup = setup_of(scenario, inputs, policy, place, highest_per_s)
+    with watched(handling):
+        return simulate(setup, load_per_s, requests=requests, warmup=0.0, seed=scenario.run.seed, trace_ns=trace_ns, watch=handling).trace

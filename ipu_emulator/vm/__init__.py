@@ -83,10 +83,11 @@ class Run:
     trace: np.ndarray[Any, Any]
 
 
-def simulate(setup: Setup) -> Run:
-    """Run it. Raises ConfigError for a setup that cannot be, PolicyError when the policy fails."""
+def simulate(setup: Setup, watch: int = 0) -> Run:
+    """Run it. `watch`: address of a word that is to tell which message the policy is at; 0: none. Raises ConfigError for a setup that cannot be,
+    PolicyError when the policy fails."""
     _check(setup)
-    return _World(setup).run()
+    return _World(setup, watch).run()
 
 
 def _check(setup: Setup) -> None:
@@ -132,8 +133,8 @@ class _Cpu:
 class _World:
     """Events by time, and a second queue by the work clock: when a burst is done depends on how the frequency changes until then."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, watch: int) -> None:
+        self.setup, self.handling = setup, watch
         guests, host = setup.guests, setup.host
         self.n = 2 * setup.cores
         tick = Tick(setup.ticks, host.tick_period_us * US, host.tick_ns + guests.vm_exit_ns, float(host.tick_ns))
@@ -167,7 +168,7 @@ class _World:
         costs = link_costs(setup.link, setup.mitigations)
         inline = self.inline
         self.bound = policy.bind(n_cpus=self.n, params=params)
-        self.runtime = make_runtime(self.bound, cpus=self.n, threads=len(self.threads), ahead=int(costs.prestage and not inline))
+        self.runtime = make_runtime(self.bound, cpus=self.n, threads=len(self.threads), ahead=int(costs.prestage and not inline), watch=self.handling)
         self.timer, self.failed = self.runtime["next_timer_ns"], self.runtime["failed"]
         self.write_ns, self.flush_ns, self.wire_ns = (0, 0, 0) if inline else (costs.host_write_ns, costs.host_flush_ns, costs.wire_ns)
         self.read_ns, self.peek_ns, self.hit_ns = (0, 0, 0) if inline else (costs.host_read_ns, costs.host_peek_ns, costs.host_hit_ns)

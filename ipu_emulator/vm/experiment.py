@@ -13,13 +13,13 @@ from typing import Any
 
 from waveos import __version__
 from waveos.errors import ConfigError
-from waveos.ipu_emulator.job import link_of, policy_file
+from waveos.ipu_emulator.experiment import Jobs, check_policies, pool_or, run_calls
+from waveos.ipu_emulator.job import CallJob, link_of, policy_file, watched
 from waveos.ipu_emulator.profile import LinkProfile, load_host, load_link
 from waveos.ipu_emulator.vm import MS, Placement, Run, Setup, simulate
 from waveos.ipu_emulator.vm.cores import Held, Ticks
 from waveos.ipu_emulator.vm.part import Assumed, Guests, load_assumptions, load_part
 from waveos.names import nearest
-from waveos.policy.find import check_chosen
 from waveos.scenario import load_scenario
 
 PLACEMENTS: tuple[Placement, ...] = ("on-host", "offload")
@@ -93,12 +93,13 @@ def _held(held: frozenset[Held], ticks: Ticks) -> frozenset[Held]:
     return held if ticks == "periodic" else frozenset()
 
 
-def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None) -> dict[str, Any]:
+def compare(
+    scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Progress = lambda done, expected, what: None, pool: Jobs | None = None
+) -> dict[str, Any]:
     """Run every policy of a scenario of virtual machines in each placement, with ticks and without; what came out, as it stands in a results file.
 
-    On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
+    Runs in processes of its own, or in `pool`. On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError.
     """
-    check_chosen(scenario.policies, "sched", "sched")
     places = list(placements)
     assumptions, part = load_assumptions(), load_part(scenario.vm.part, scenario.base)
     link = link_of(scenario)
@@ -127,17 +128,26 @@ def compare(scenario: Any, placements: Iterable[str] = PLACEMENTS, progress: Pro
         "notes": [],
         "interrupted": False,
     }
-    try:
-        for done, (policy, place, ticks, kept, held) in enumerate(wanted):
-            setup = setup_of(scenario, policy, place)
-            runs = [simulate(replace(setup, busy_share=share, ticks=ticks, held=held)) for share in results["busy_shares"]]
-            results["configs"].append(_config(policy, place, ticks, kept, runs))
-            progress(done + 1, len(wanted), f"{policy} {place}, ticks {ticks}")
-    except KeyboardInterrupt:
-        results["interrupted"] = True
+    with pool_or(pool, len(wanted)) as jobs:
+        checked = check_policies(scenario, "sched", jobs)
+        calls = [
+            CallJob(f"{__name__}:run_config", (checked, *each, results["busy_shares"]), each[0], "sched", f"{each[0]} {each[1]}, ticks {each[2]}")
+            for each in wanted
+        ]
+        results["configs"], results["interrupted"] = run_calls(jobs, calls, progress)
     results["gains"] = _gains_of(results)
     results["notes"] += _notes(results)
     return results
+
+
+def run_config(
+    scenario: Any, policy: str, place: Placement, ticks: Ticks, kept: str, held: frozenset[Held], busy_shares: Sequence[float], handling: int = 0
+) -> dict[str, Any]:
+    """One policy in one placement at all shares of busy machines. `handling`: see `waveos.ipu_emulator.job.watched`."""
+    setup = setup_of(scenario, policy, place)
+    with watched(handling):
+        runs = [simulate(replace(setup, busy_share=share, ticks=ticks, held=held), handling) for share in busy_shares]
+    return _config(policy, place, ticks, kept, runs)
 
 
 def _config(policy: str, place: str, ticks: str, kept: str, runs: Sequence[Run]) -> dict[str, Any]:
@@ -190,16 +200,24 @@ def trace(scenario: Any, placement: str, load_per_s: float | None, from_ms: floa
     place = next((each for each in PLACES if each == placement), None)
     if place is None:
         raise ConfigError(f"--placement {placement}: no such place{nearest(placement, PLACES)}; there are {', '.join(PLACES)}")
-    check_chosen(scenario.policies, "sched", "sched")
     begin_ms = scenario.run.warmup_ms if from_ms is None else from_ms
     if begin_ms >= scenario.run.warmup_ms + scenario.run.duration_ms:
         raise ConfigError(f"the window begins at {begin_ms:g} ms, but the run ends at {scenario.run.warmup_ms + scenario.run.duration_ms:g}")
     policy = "kernel" if place == "kernel" else scenario.policies.names[-1]
     share = scenario.vm.busy_shares[len(scenario.vm.busy_shares) // 2]
     ticks: Ticks = "nohz_idle" if place == "kernel" else "off"
-    events = simulate(replace(setup_of(scenario, policy, place), busy_share=share, ticks=ticks, trace=True)).trace
+    with pool_or(None, 1) as jobs:
+        jobs.submit(CallJob(f"{__name__}:run_traced", (check_policies(scenario, "sched", jobs), policy, place, share, ticks), policy, "sched"))
+        [(_, events)] = jobs.finished()
     window = (events["time_ns"] >= begin_ms * MS) & (events["time_ns"] < (begin_ms + for_ms) * MS)
     return events[window], {"scenario": scenario.name, "configuration": f"{policy}/{place}/{ticks}", "seed": scenario.run.seed, "timing": "modelled"}
+
+
+def run_traced(scenario: Any, policy: str, place: Placement, share: float, ticks: Ticks, handling: int = 0) -> Any:
+    """The events of one run. `handling`: see `waveos.ipu_emulator.job.watched`."""
+    setup = replace(setup_of(scenario, policy, place), busy_share=share, ticks=ticks, trace=True)
+    with watched(handling):
+        return simulate(setup, handling).trace
 
 
 def setup_of(scenario: Any, policy: str, placement: Placement) -> Setup:

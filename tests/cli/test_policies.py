@@ -57,7 +57,7 @@ def test_an_unknown_policy_is_told_with_the_nearest_name(capsys):
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["Fifo", "my-fifo", "1st", "a__b", "_a", "../up", "", "x" * 51, "class", "queue", "waveos", "fifo"])
+@pytest.mark.parametrize("name", ["Fifo", "my-fifo", "1st", "a__b", "_a", "../up", "", "x" * 51, "class", "queue", "waveos", "fifo", "numpy"])
 def test_a_name_that_cannot_be_one_is_refused_and_nothing_is_written(tmp_path, capsys, name):
     assert run(["new", "policy", name, "--dir", str(tmp_path / "here")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -107,3 +107,14 @@ def test_a_new_policy_passes_its_test_as_written_once_it_is_installed(tmp_path):
     do("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "my_fifo")
     assert "passed" in do("-m", "pytest", "-q", "my_fifo")
     assert json.loads(do(*wave, "policies", "show", "my_fifo", "--json"))["about"].startswith("First come")
+
+
+def test_a_new_policys_folder_runs_its_tests_without_an_installation(tmp_path, capsys):
+    assert run(["new", "policy", "my_fifo", "--dir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    environment = os.environ | {"PYTHONWARNINGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only"],
+        cwd=tmp_path / "my_fifo", capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

@@ -78,7 +78,7 @@ class Interpreted:
         self.bound = self.policy.bind(n_cpus=self.cpus, params=self.params)
         self.state = _plain(self.bound.state)
         made = laws.make_runtime(self.bound, cpus=self.cpus, threads=self.threads, ahead=self.ahead)[0]
-        self.tables = unpack(laws.RUNTIME, {"cpu": self.cpus, "thread": self.threads})
+        self.tables = unpack(laws.RUNTIME, {"cpu": self.cpus, "thread": self.threads, "refusal": self.threads, "withheld_tid": self.threads})
         for name in made.dtype.names:
             if not made.dtype.fields[name][0].subdtype and not made.dtype.fields[name][0].fields:
                 setattr(self.tables, name, int(made[name]))

@@ -32,8 +32,8 @@ MUTATIONS = {
     ),
     "a decision carries an old sequence number": ("d.seq = rt.thread[tid].seq if", "d.seq = rt.thread[tid].seq - 1 if"),
     "an idle CPU is asked once only": (
-        "                if rt.waiting and not _ask(rt, cpu, 0):\n",
-        "                c.idle = 0\n                if rt.waiting and not _ask(rt, cpu, 0):\n",
+        "                answer = _ask(rt, cpu, 0)\n",
+        "                c.idle = 0\n                answer = _ask(rt, cpu, 0)\n",
     ),
     "a decision that has its outcome is still held to be outstanding": ("    c.staged -= found\n", ""),
 }

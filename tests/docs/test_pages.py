@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from waveos import scenario
+from waveos import policy, scenario, sched, testing
 from waveos.cli.app import app
 from waveos.ipu_emulator.profile import HostProfile, LinkProfile
 from waveos.ipu_emulator.sched.machine import COSTS
@@ -30,6 +30,13 @@ def generator():
 def test_generated_pages_are_what_the_code_says():
     for path, text in generator().pages().items():
         assert path.read_text() == text.rstrip() + "\n", f"{path.name} is out of date: run `make docs`"
+
+
+def test_the_functions_of_the_policy_api_have_the_names_by_which_they_are_imported():
+    named = re.findall(r"^\*\*`(testing\.|sched\.)?(\w+)\(", generator().policy_page(), re.MULTILINE)
+    places = {"": policy, "testing.": testing, "sched.": sched}
+    assert len(named) > 15
+    assert [name for place, name in named if not hasattr(places[place], name)] == []
 
 
 def test_every_key_of_a_scenario_is_on_the_page():

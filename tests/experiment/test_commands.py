@@ -90,7 +90,7 @@ def test_a_policy_can_be_run_as_plain_python_with_prints(folder):
         "        if size(self.runq): sched.run(txns, tid=pop(self.runq), cpu=msg.cpu)\n"
     )
     done = wave(folder, "run", "small.toml", "--policy", "loud.py", "--load", "2000", "--set", "run.duration_ms=2", WAVE_JIT="0")
-    assert "seen 0" in done.stdout
+    assert "seen 0" in done.stderr
 
 
 def test_compare_tells_every_configuration_and_both_columns(folder):

@@ -49,6 +49,10 @@ class Engine:
             os.kill(os.getpid(), signal.SIGKILL)
         if policy == "bug":
             raise KeyError("x")
+        if policy == "pipe":
+            raise BrokenPipeError(32, "Broken pipe")
+        if policy == "talks":
+            print("what a policy says")
         if policy == "forever":
             return False
         return self.slices >= 4
@@ -122,6 +126,32 @@ def test_what_goes_wrong_in_a_child_is_one_line(engines, policy, kind, words):
     assert "\n" not in str(told.value)
 
 
+def test_the_traceback_of_a_fault_is_shown_beside_its_line_and_not_in_its_place(engines, monkeypatch, capfd):
+    monkeypatch.setenv("WAVE_DEBUG", "1")
+    with pool() as jobs, pytest.raises(WaveError, match="the engine failed on policy 'bug': KeyError: 'x'"):
+        jobs.submit(engines.Setup("bug"))
+        list(jobs.finished())
+    shown = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "fake_engines.py" in shown
+
+
+def test_a_pipe_that_closed_in_a_child_is_no_fault(engines):
+    with pool() as jobs, pytest.raises(BrokenPipeError):
+        jobs.submit(engines.Setup("pipe"))
+        list(jobs.finished())
+
+
+def test_what_a_policy_prints_in_this_process_is_talk_and_what_the_reader_prints_is_not(engines, capsys):
+    with Here(factory="fake_engines:Engine") as jobs:
+        jobs.submit(engines.Setup("talks", 4))
+        for _, (number, _pid) in jobs.finished():
+            print("result", number)
+    out, err = capsys.readouterr()
+    assert out == "result 4\n"
+    assert err == "what a policy says\n" * 4
+
+
 def test_jobs_can_run_in_this_process_for_debugging(engines):
     with Here(factory="fake_engines:Engine") as jobs:
         number = jobs.submit(engines.Setup("fine", 4))
@@ -129,6 +159,16 @@ def test_jobs_can_run_in_this_process_for_debugging(engines):
         jobs.submit(engines.Setup("raises"))
         with pytest.raises(PolicyError, match="ZeroDivisionError"):
             list(jobs.finished())
+
+
+def test_closed_in_the_middle_the_jobs_here_do_not_go_on(engines):
+    with Here(factory="fake_engines:Engine") as jobs:
+        for number in range(3):
+            jobs.submit(engines.Setup("fine", number))
+        answers = jobs.finished()
+        next(answers)
+        jobs.close()
+        assert list(answers) == []
 
 
 def gone(pid):

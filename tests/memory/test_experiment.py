@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from waveos.cli.app import app
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, PolicyError
 from waveos.ipu_emulator.memory.experiment import compare, saved_of_oracle, setup_of
 from waveos.report.memory import render_report, table
 from waveos.scenario import load_scenario
@@ -66,7 +66,7 @@ def test_results_of_another_subsystem_are_refused():
     ("setting", "told"),
     [
         ('policies.names=["soll"]', r"no memory policy 'soll' \(did you mean 'sol'\?\)"),
-        ('policies.names=["fifo"]', r"no memory policy 'fifo'"),
+        ('policies.names=["fifo"]', r"policy 'fifo' is of subsystem sched, not memory; those of memory: .*sol"),
         ("policies.params.soll.seed=1", r"policies.params.soll: no memory policy"),
         ("memory.batch_kib=6", r"memory.batch_kib = 6: a batch is a whole number of pages"),
         ("memory.gib=0.0001", r"memory.gib = 0.0001 is no whole number of batches"),
@@ -130,3 +130,48 @@ def test_what_scenarios_of_memory_do_not_have_is_refused(arguments):
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, ConfigError), done.output
     assert "memory" in str(done.exception)
+
+
+LOOP = """\
+from waveos import {subsystem}
+from waveos.policy import Policy
+class Loop(Policy, subsystem={subsystem}, name="loop", compiled={compiled}):
+    def {handler}(self, msg, txns):
+        i = 1
+        while i:
+            i += 2
+"""
+
+
+def test_a_handler_that_does_not_return_is_stopped_and_its_policy_named(tmp_path):
+    (tmp_path / "loop.py").write_text(LOOP.format(subsystem="memory", handler="region_mapped", compiled=False))
+    with pytest.raises(PolicyError, match=r"policy '.*loop.py' did not return from \w+ within 2 s"):
+        compare(scenario(f'policies.names=["{tmp_path}/loop.py"]', "run.duration_s=30"), ["offload"])
+
+
+def test_a_file_of_another_subsystem_is_refused(tmp_path):
+    (tmp_path / "loop.py").write_text(LOOP.format(subsystem="net", handler="request_arrived", compiled=True))
+    with pytest.raises(ConfigError, match=r"loop.py' is of subsystem net, not memory"):
+        compare(scenario(f'policies.names=["{tmp_path}/loop.py"]'))
+
+
+COMPILES = """\
+import sys, time, types
+from waveos import memory
+from waveos.policy import Policy
+made = types.ModuleType("numba.made")
+exec("import time\\ndef compile():\\n  end = time.process_time() + 3\\n  while time.process_time() < end: pass", vars(made))
+class Slow(Policy, subsystem=memory, name="slow", compiled=False):
+    def start(self):
+        if "done" not in vars(made):
+            made.done = True
+            made.compile()
+    def region_mapped(self, msg, txns):
+        pass
+"""
+
+
+def test_a_policy_that_has_something_compiled_for_long_is_let_go_on(tmp_path):
+    (tmp_path / "slow.py").write_text(COMPILES)
+    done = compare(scenario(f'policies.names=["{tmp_path}/slow.py"]', "run.duration_s=30"), ["offload"])
+    assert [each["placement"] for each in done["configs"]] == ["kernel", "oracle", "offload"]

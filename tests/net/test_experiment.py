@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, PolicyError
 from waveos.ipu_emulator.net import experiment
 from waveos.report import net as report
 from waveos.scenario import load_scenario
@@ -94,3 +94,26 @@ def test_what_cannot_be_run_is_refused_before_anything_is(setting: str, what: st
 def test_a_scenario_that_cannot_be_is_one_line(setting: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         load_scenario("net", [setting])
+
+
+LOOP = """\
+from waveos import {subsystem}
+from waveos.policy import Policy
+class Loop(Policy, subsystem={subsystem}, name="loop"):
+    def {handler}(self, msg, txns):
+        i = 1
+        while i:
+            i += 2
+"""
+
+
+def test_a_handler_that_does_not_return_is_stopped_and_its_policy_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP.format(subsystem="net", handler="request_arrived"))
+    with pytest.raises(PolicyError, match=r"policy '.*loop.py' did not return from \w+ within 2 s"):
+        experiment.compare(load_scenario("net", [*SHORT, f'policies.names=["{tmp_path}/loop.py"]']), ["offload"])
+
+
+def test_a_file_of_another_subsystem_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP.format(subsystem="sched", handler="thread_runnable"))
+    with pytest.raises(ConfigError, match=r"loop.py' is of subsystem sched, not net; those of net: .*jbsq"):
+        experiment.compare(load_scenario("net", [*SHORT, f'policies.names=["{tmp_path}/loop.py"]']))

@@ -50,8 +50,8 @@ def test_state_of_an_unknown_type_is_told_with_its_line(refuse, value):
     assert "'queue'" in told
 
 
-def test_a_ring_of_no_size_is_told_by_its_file(refuse):
-    assert refuse(mine("runq = ring(0)\ndef cpu_idle(self, msg, txns):\n    pass\n")) == "FILE: ValueError: a size of 0; at least 1 is needed"
+def test_a_ring_of_no_size_is_told_with_its_line(refuse):
+    assert refuse(mine("runq = ring(0)\ndef cpu_idle(self, msg, txns):\n    pass\n")) == "FILE:4: ValueError: a size of 0; at least 1 is needed"
 
 
 def test_an_annotation_that_is_no_parameter_is_told_with_its_line(refuse):
@@ -68,7 +68,7 @@ def test_a_policy_that_handles_nothing_is_refused(refuse):
 
 
 def test_a_file_without_a_policy_is_refused(refuse):
-    assert refuse(HEAD + "x = 1\n") == "FILE has 0 policy classes (none); name one as mine.py:Class"
+    assert refuse(HEAD + "x = 1\n") == "FILE has no policy class; write one as class Mine(Policy, subsystem=sched, name='mine')"
 
 
 def test_a_syntax_error_is_told_with_its_line(refuse):
@@ -76,8 +76,45 @@ def test_a_syntax_error_is_told_with_its_line(refuse):
     assert refuse("x = 1\ny = = 2\n") == "FILE:2: invalid syntax"
 
 
-def test_what_a_file_raises_is_told_by_its_type(refuse):
-    assert refuse("import no_such_module_of_mine\n") == "FILE: ModuleNotFoundError: No module named 'no_such_module_of_mine'"
+def test_what_a_file_raises_is_told_by_its_type_and_line(refuse):
+    assert refuse("import no_such_module_of_mine\n") == "FILE:1: ModuleNotFoundError: No module named 'no_such_module_of_mine'"
+    assert refuse(mine("runq = rung(8)\n")) == "FILE:4: NameError: name 'rung' is not defined"
+
+
+def test_a_file_that_ends_the_program_is_refused(refuse):
+    assert refuse("import sys\nsys.exit(0)\n") == "FILE:2: the file ends the program (SystemExit); it may only define policies"
+
+
+def test_a_misspelt_keyword_of_the_class_is_told_with_the_nearest(refuse):
+    text = mine("def cpu_idle(self, msg, txns):\n    pass\n").replace("subsystem=", "subsytem=")
+    told = "FILE:3: a policy class takes no keyword 'subsytem' (did you mean 'subsystem'?); known: subsystem, name, compiled, work_conserving"
+    assert refuse(text) == told
+
+
+IDLE = "def cpu_idle(self, msg, txns):\n    pass\n"
+
+
+def test_an_init_that_nobody_would_call_is_refused_with_its_line(refuse):
+    told = refuse(mine(IDLE + "def __init__(self):\n    self.n = 0\n"))
+    assert told.startswith("FILE:6: policy 'mine' has an __init__, which nobody calls; declare state in the class")
+
+
+@pytest.mark.parametrize("name", ["cpus", "bind", "name", "handlers", "params", "start"])
+def test_state_or_a_parameter_of_a_name_that_is_taken_is_refused_with_its_line(refuse, name):
+    assert refuse(mine(f"{name} = ring(8)\n" + IDLE)).startswith(
+        f"FILE:4: state {name!r} has a name that Wave uses; taken are: bind, compiled, cpus, "
+    )
+    assert refuse(mine(f"{name}: Param = 8\n" + IDLE)).startswith(f"FILE:4: parameter {name!r} has a name that Wave uses; taken are: ")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../x", "", ".", "-x", "a b", "a\\nb"])
+def test_a_name_that_is_no_file_name_is_refused(refuse, name):
+    assert refuse(mine(IDLE).replace("name='mine'", f"name='{name}'")).startswith("FILE:3: policy name '")
+
+
+def test_a_policy_derived_from_a_compiled_one_is_refused_as_its_handlers_would_be_lost(refuse):
+    derived = "class Other(Mine, subsystem=sched, name='other'):\n    def tick(self, msg, txns):\n        pass\n"
+    assert refuse(mine(IDLE) + derived).startswith("FILE:6: policy 'other' inherits from policy 'mine', whose handlers it would not have; ")
 
 
 def test_of_two_policies_in_a_file_one_is_named(tmp_path, refuse):

@@ -242,3 +242,11 @@ def test_rates_and_shares_are_written_as_people_do() -> None:
     assert [show_rate(rate) for rate in (None, 12.0, 4_200, 412_345, 1_234_567)] == ["–", "12.0 /s", "4.20 k/s", "412.3 k/s", "1,235 k/s"]
     assert [show_share(share) for share in (None, 0.0, 0.001, 0.0123, -0.2)] == ["–", "0.0 %", "0.10 %", "1.2 %", "−20.0 %"]
     assert [show_share(share, sign=True) for share in (0.034, 0.0, -0.092)] == ["+3.4 %", "0.0 %", "−9.2 %"]
+
+
+def test_notes_stand_in_the_report_and_a_key_with_dots_in_quotes(small: dict[str, Any]) -> None:
+    small["notes"] = ["2 of 2 RANGE requests had not finished"]
+    small["scenario"]["policies"] = {"params": {"./my.py": {"quantum_us": 5}}}
+    page = render_report(small)
+    assert "2 of 2 RANGE requests had not finished" in page
+    assert "[policies.params.&#34;./my.py&#34;]" in page

@@ -259,3 +259,30 @@ def test_a_scenario_is_read_without_numpy_and_numba():
         """
     )
     subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_a_quoted_step_of_a_key_may_hold_dots(quote):
+    scenario = load_scenario("rocksdb", [f"policies.params.{quote}./my.py{quote}.quantum_us=5"])
+    assert scenario.policies.params["./my.py"] == {"quantum_us": 5}
+    assert scenario.origin["policies.params../my.py.quantum_us"] == "--set"
+
+
+def test_a_quote_that_is_not_closed_is_one_line():
+    with pytest.raises(ConfigError, match="a key is steps with dots between them"):
+        load_scenario("rocksdb", ['policies.params."my.py.quantum_us=5'])
+
+
+def test_a_parameter_that_is_no_number_says_that_one_is_wanted():
+    with pytest.raises(ConfigError, match=r"policies.params.shinjuku.quantum_us: 'abc' is no number"):
+        load_scenario("rocksdb", ["policies.params.shinjuku.quantum_us=abc"])
+
+
+def test_serving_has_no_scenarios_and_says_where_to_go(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text('subsystem = "serving"')
+    with pytest.raises(ConfigError, match="serving has no scenarios; see `wave serve`, `wave bench strata`"):
+        load_scenario(str(path))
+    path.write_text('subsystem = "servng"')
+    with pytest.raises(ConfigError, match=r"there are sched, memory, net, vm$"):
+        load_scenario(str(path))

@@ -10,7 +10,7 @@ from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.record import VERSION
 from waveos.sched import DECISION, MESSAGE, OUTCOME, SUBSYSTEM, Decision, Message
-from waveos.sched.laws import DEPTH, MOST_VOID
+from waveos.sched.laws import DEPTH, MOST_VOID, REFUSED_NS
 from waveos.sched.records import KICKED, PREEMPT
 from waveos.testing import Replayed
 
@@ -187,7 +187,10 @@ def test_a_decision_carries_the_threads_newest_sequence_number_and_the_state_it_
     assert again["txn"] > decision["txn"]
 
 
-@pytest.mark.parametrize("outcome", [each for each in Outcome if each != Outcome.COMMITTED], ids=lambda each: each.name)
+RETRIED = [each for each in Outcome if each not in (Outcome.COMMITTED, Outcome.CPU_UNAVAILABLE)]
+
+
+@pytest.mark.parametrize("outcome", RETRIED, ids=lambda each: each.name)
 def test_a_decision_that_failed_brings_its_thread_back_to_the_front(make, outcome):
     host = Host(make(), cpus=1)
     [decision] = host.wake(1).batch()
@@ -340,6 +343,213 @@ def test_the_stale_copy_of_a_restaged_thread_may_come_after_the_thread_ran_and_c
     assert len(host.answer(again[0]).batch()) == 0
     assert host.runtime["thread"]["state"][1] == 4  # running, and in nobody's hands
     assert host.runtime["waiting"] == 0
+
+
+# ── CPUs that a higher class took ────────────────────────────────────────────────────────────────────────────────────
+
+PREEMPTIVE = ["shinjuku", "edf", "srpt"]
+LAST, FIRST, MIDDLE = ({"qos": qos, "deadline_ns": due_ns, "work_ns": due_ns} for qos, due_ns in ((0, 900_000), (2, 10_000), (1, 20_000)))
+"""Hints of a thread that is less urgent than another, to whatever policy."""
+
+
+def run_two(policy, first, second, **options):
+    """Threads 8 and 9, with these hints, on the two CPUs of a host. Returns it, and where they are."""
+    host = Host(policy, cpus=2, **options)
+    made = host.wake(8, **first).wake(9, **second).batch()
+    for decision in made:
+        host.answer(decision)
+    assert len(host.batch()) == 0
+    where = {int(decision["tid"]): int(decision["cpu"]) for decision in made}
+    return host, where[8], where[9]
+
+
+@pytest.mark.parametrize("policy", PREEMPTIVE)
+def test_a_preemption_on_its_way_to_a_cpu_that_is_taken_is_made_on_one_that_falls_idle(policy):
+    host, busy, low = run_two(load_policy(policy), FIRST, LAST)
+    [preemption] = host.wake(1, **MIDDLE).batch()
+    assert (preemption["tid"], preemption["cpu"], preemption["flags"]) == (1, low, PREEMPT | KICKED)
+    assert len(host.say("cpu_taken", 9, cpu=low).batch()) == 0
+    [copy] = host.block(8, busy).batch()
+    assert (copy["tid"], copy["cpu"], copy["flags"], copy["seq"]) == (1, busy, KICKED, preemption["seq"])
+    host.answer(copy).batch()
+    host.say("cpu_back", cpu=low).answer(preemption, Outcome.STALE)
+    assert len(host.batch()) == 0
+    assert host.runtime["waiting"] == host.runtime["live"] == 0
+    assert placed(host.wake(2, **MIDDLE).block(9, low).batch()) == [(2, low)]
+
+
+def test_a_preemption_ordered_on_a_taken_cpu_is_made_on_one_that_falls_idle(make):
+    host, busy, low = run_two(make("def tick(self, msg, txns):\n    sched.run(txns, tid=pop(self.runq), cpu=msg.cpu, preempt=True)\n"), {}, {})
+    host.say("cpu_taken", 9, cpu=low).wake(1)
+    assert placed(host.say("tick", 9, cpu=low).batch()) == [(1, low)]
+    assert placed(host.block(8, busy).batch()) == [(1, busy)]
+
+
+def test_a_thread_given_to_an_idle_cpu_that_is_taken_goes_to_another_that_idles(fifo):
+    host = Host(fifo, cpus=2)
+    [first] = host.wake(1).batch()
+    [copy] = host.say("cpu_taken", cpu=0).batch()
+    assert (int(first["cpu"]), int(copy["tid"]), int(copy["cpu"])) == (0, 1, 1)
+
+
+def test_a_thread_staged_on_a_cpu_that_is_taken_stays_there_if_the_policy_need_not_conserve_work(make):
+    host = Host(make(options=", work_conserving=False"), cpus=2)
+    assert placed(host.wake(1).batch()) == [(1, 0)]
+    assert len(host.say("cpu_taken", cpu=0).batch()) == 0
+
+
+@pytest.mark.parametrize("policy", PREEMPTIVE)
+def test_a_policy_preempts_no_cpu_that_is_taken(policy):
+    host, other, low = run_two(load_policy(policy), MIDDLE, LAST)
+    host.say("cpu_taken", 9, cpu=low)
+    assert placed(host.wake(1, **FIRST).batch()) == [(1, other)]
+
+
+@pytest.mark.parametrize("policy", PREEMPTIVE)
+def test_a_policy_preempts_a_cpu_again_that_is_back(policy):
+    host, _, low = run_two(load_policy(policy), FIRST, LAST)
+    host.say("cpu_taken", 9, cpu=low).batch()
+    assert placed(host.say("cpu_back", cpu=low).wake(1, **MIDDLE).batch()) == [(1, low)]
+
+
+@pytest.mark.parametrize("policy", PREEMPTIVE)
+def test_a_policy_does_not_wait_for_a_cpu_that_was_taken_while_it_idled(policy):
+    host = Host(load_policy(policy), cpus=2)
+    [decision] = host.say("cpu_taken", cpu=0).wake(9, **LAST).batch()
+    host.answer(decision).batch()
+    assert placed(host.wake(1, **FIRST).batch()) == [(1, 1)]
+
+
+# ── threads that may not run everywhere ──────────────────────────────────────────────────────────────────────────────
+
+CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt"]
+
+
+def refuse(host, made, bound):
+    """Answer what no busy CPU keeps: threads in `bound` run on the CPU given there only. What was refused, and what was committed."""
+    refused, done = [], []
+    for decision in made:
+        tid, cpu = int(decision["tid"]), int(decision["cpu"])
+        if decision["type"] == Decision.RUN and decision["flags"] & KICKED:
+            host.answer(decision, Outcome.COMMITTED if bound.get(tid, cpu) == cpu else Outcome.CPU_UNAVAILABLE)
+            (done if bound.get(tid, cpu) == cpu else refused).append((tid, cpu))
+    return refused, done
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("policy", CONSERVING)
+def test_no_thread_waits_behind_one_that_may_not_use_the_idle_cpu(policy, ahead):
+    host, idle, busy = run_two(load_policy(policy), FIRST, FIRST, ahead=ahead)
+    host.wake(1, 2, **LAST).block(8, idle)
+    refused, done = [], []
+    for _ in range(1_000):
+        for seen, new in zip((refused, done), refuse(host, host.batch(host.now_ns + 5), {1: busy}), strict=True):
+            seen += new
+    assert (2, idle) in done
+    assert refused in ([], [(1, idle)])
+    if not ahead:
+        assert placed(host.block(9, busy).batch()) == [(1, busy)]
+    assert (host.runtime["unserved"], host.runtime["waiting"]) == (0, 0)
+
+
+def test_a_thread_that_a_cpu_refused_is_not_tried_there_again_until_some_time_has_passed(make):
+    host = Host(make(), cpus=1)
+    assert refuse(host, host.wake(1).batch(), {1: None}) == ([(1, 0)], [])
+    first_ns = host.now_ns
+    assert len(host.batch()) == len(host.batch()) == 0
+    assert host.runtime["next_timer_ns"] == first_ns + REFUSED_NS  # when the agent looks again, though it hears nothing
+    assert len(host.batch(first_ns + REFUSED_NS - 1)) == 0
+    assert (host.runtime["unserved"], host.runtime["waiting"], host.runtime["redelivered"]) == (0, 1, 1)
+    assert refuse(host, host.batch(first_ns + REFUSED_NS), {1: None}) == ([(1, 0)], [])
+    assert len(host.batch()) == 0
+    assert host.runtime["next_timer_ns"] == first_ns + 2 * REFUSED_NS
+
+
+@pytest.mark.parametrize("news", ["affinity_changed", "another activation", "resync"])
+def test_a_thread_that_a_cpu_refused_is_tried_there_again_after_news_of_it(make, news):
+    host = Host(make(), cpus=1)
+    refuse(host, host.wake(1).batch(), {1: None})
+    assert len(host.batch()) == 0
+    assert len(host.say("priority_changed", 1).batch()) == 0
+    if news == "affinity_changed":
+        host.say(news, 1)
+    elif news == "another activation":
+        host.leave(1).wake(1)
+    else:
+        host.say("resync").say("cpu_new", cpu=0).say("cpu_idle", cpu=0).say("thread_new", 1).say("thread_runnable", 1)
+    assert placed(host.batch()) == [(1, 0)]
+
+
+def test_threads_that_may_not_use_a_cpu_keep_their_order_and_their_place_before_others(make):
+    host, idle, busy = run_two(make(), {}, {})
+    bound = dict.fromkeys((1, 2, 3), busy)
+    host.block(8, idle).wake(1, 2, 3, 4, 5)
+    for _ in range(5):
+        refuse(host, host.batch(), bound)
+    assert host.runtime["cpu"][idle]["running"] == 4
+    bound[6] = busy
+    host.wake(6, 7).block(4, idle)
+    for _ in range(5):
+        refuse(host, host.batch(), bound)
+    assert host.runtime["cpu"][idle]["running"] == 5
+    host.block(5, idle)
+    for _ in range(5):
+        refuse(host, host.batch(), bound)
+    assert host.runtime["cpu"][idle]["running"] == 7
+    for running, tid in ((9, 1), (1, 2), (2, 3), (3, 6)):
+        [decision] = host.block(running, busy).batch()
+        assert (decision["tid"], decision["cpu"]) == (tid, busy)
+        host.answer(decision).batch()
+    assert host.runtime["dropped"] == 0
+
+
+def test_a_thread_staged_behind_a_busy_cpu_is_not_offered_to_one_that_refused_it(fifo):
+    host, first, second = run_two(fifo, {}, {}, ahead=1)
+    [staged] = host.wake(1).batch()
+    busy, idle, running = (first, second, 9) if staged["cpu"] == first else (second, first, 8)
+    host.block(running, idle)
+    refused = [pair for _ in range(10) for pair in refuse(host, host.batch(), {1: busy})[0]]
+    assert refused == [(1, idle)]
+    host.answer(staged)
+    assert len(host.batch()) == 0
+    assert (host.runtime["waiting"], host.runtime["cpu"]["running"][busy]) == (0, 1)
+
+
+def test_a_cpu_with_nothing_but_threads_that_it_refuses_is_offered_what_waits_behind_others(fifo):
+    host = Host(fifo, cpus=3, ahead=1)
+    bound = {5: 1, 6: 1}
+    for tid in (7, 8, 9):
+        refuse(host, host.wake(tid).batch(), {})
+    host.batch()
+    host.wake(5).block(7, 0)
+    for _ in range(3):
+        refuse(host, host.batch(), bound)
+    host.wake(6, 2)
+    for _ in range(9):
+        refuse(host, host.batch(), bound)
+    assert host.runtime["cpu"][0]["running"] == 2
+
+
+def test_a_refusal_of_a_cpu_that_was_taken_says_nothing_of_the_thread(make):
+    host = Host(make(), cpus=1)
+    [decision] = host.wake(1).batch()
+    host.say("cpu_taken", cpu=0).say("cpu_back", cpu=0).answer(decision, Outcome.CPU_UNAVAILABLE).say("cpu_idle", cpu=0)
+    assert placed(host.batch()) == [(1, 0)]
+
+
+def test_txn_failed_hears_of_a_thread_that_is_not_sent_to_a_cpu_again(make):
+    failed = """
+    def txn_failed(self, msg, txns):
+        self.calls[0] += 1
+        self.seen[msg.tid] = 100 + msg.outcome
+        push(self.runq, msg.tid)
+    """
+    host = Host(make(failed), cpus=1)
+    refuse(host, host.wake(1).batch(), {1: None})
+    host.batch()
+    assert host.state("seen")[1] == 100 + Outcome.CPU_UNAVAILABLE
+    assert host.state("calls")[0] == 3  # woken, refused, named again
+    assert host.state("runq")["tail"] - host.state("runq")["head"] == host.runtime["waiting"] == 1
 
 
 def test_resync_forgets_everything_and_loses_nothing_that_the_replay_tells(make):

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from waveos.cli.app import app
-from waveos.errors import ConfigError
+from waveos.errors import ConfigError, PolicyError
 from waveos.ipu_emulator import sched as engine
 from waveos.ipu_emulator.profile import load_host, load_link
 from waveos.ipu_emulator.vm import MS, Setup, simulate
@@ -450,3 +450,12 @@ def test_a_scenario_that_cannot_be_is_told(setting, told):
 def test_what_scenarios_of_machines_do_not_have_is_refused(arguments):
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, ConfigError), done.output
+
+
+def test_a_handler_that_does_not_return_is_stopped_and_its_policy_named(tmp_path):
+    (tmp_path / "loop.py").write_text(
+        "from waveos import sched\nfrom waveos.policy import Policy\n"
+        "class Loop(Policy, subsystem=sched, name='loop'):\n    def thread_runnable(self, msg, txns):\n        i = 1\n        while i:\n            i += 2\n"
+    )
+    with pytest.raises(PolicyError, match=r"policy '.*loop.py' did not return from thread_runnable within 2 s"):
+        compare(load_scenario("vm", [*FEW, f'policies.names=["{tmp_path}/loop.py"]']), ["offload"])

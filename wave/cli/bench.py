@@ -100,7 +100,9 @@ def _parse(name: str, arguments: list[str], defaults: dict[str, Any]) -> dict[st
         key = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or key not in defaults:
             known = [f"--{each.replace('_', '-')}" for each in defaults]
-            raise ConfigError(f"bench {name!r} has no option {flag}{nearest('--' + flag.removeprefix('--'), known)}; it has: {', '.join(known) or 'none'}")
+            raise ConfigError(
+                f"bench {name!r} has no option {flag}{nearest('--' + flag.removeprefix('--'), known)}; it has: {', '.join(known) or 'none'}"
+            )
         if isinstance(defaults[key], bool) and not found and not (rest and rest[0].lower() in ("true", "false")):
             options[key] = True
             continue

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from waveos.cli.live_trace import trace_live
-from waveos.cli.results import check_outputs, give_results, read_results, write_report
+from waveos.cli.results import check_outputs, files_of, give_results, read_results, write_report
 from waveos.cli.running import find_local, measure, open_pool, prepare, run_local, run_subsystem, single_run, trace_subsystem, write_trace
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError, MissingError
@@ -58,7 +58,9 @@ def run(
 ) -> int | None:
     """One policy, in one place, under one load."""
     scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=load, world=world)
-    check_outputs(out, trace)
+    check_outputs(out, trace, kept=files_of(scenario, scenario_name))
+    if world == "virtual" and scenario.subsystem == "sched":
+        _one_only(policies, load, "wave compare")
     if world == "local":
         module = find_local(scenario)
         _refuse(scenario, {"--load": load, "--trace": trace})
@@ -104,7 +106,7 @@ def compare(
 ) -> int | None:
     """The kernel's own policy, and each policy with its agent on the host and on the IPU: what offload costs and saves."""
     scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=loads, world=world)
-    check_outputs(out, report)
+    check_outputs(out, report, kept=files_of(scenario, scenario_name))
     if world == "local":
         module = find_local(scenario)
         _refuse(scenario, {"--loads": loads, "--saturation": saturation, "--ablation": ablation, "--processes": processes})
@@ -152,7 +154,8 @@ def trace(
     if scenario_name is None:
         raise ConfigError("name a scenario (wave config list), or trace an enclave of this machine: wave trace --live 5s")
     scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=policies, loads=load)
-    check_outputs(out)
+    check_outputs(out, kept=files_of(scenario, scenario_name))
+    _one_only(policies, load, "a trace each")
     if scenario.subsystem != "sched":
         events = trace_subsystem(scenario, placement, None if load is None else _parse_load(load), from_ms, for_ms, out)
     else:
@@ -250,6 +253,16 @@ def _refuse(scenario: Any, flags: dict[str, Any]) -> None:
     for flag, value in flags.items():
         if value is not None:
             raise ConfigError(f"{flag} is for scenarios of sched; {scenario.name} is one of {scenario.subsystem}: leave it out")
+
+
+def _one_only(policies: Sequence[str] | None, load: str | None, instead: str) -> None:
+    """Flags that name several of what one is run of."""
+    if policies and len(policies) > 1:
+        raise ConfigError(
+            f"--policy is there {len(policies)} times ({', '.join(policies)}), and one policy is run here: name one; for several: {instead}"
+        )
+    if load is not None and "," in load:
+        raise ConfigError(f"--load {load}: one load is run here: name one; for several: {instead}")
 
 
 def _parse_load(text: str) -> float:

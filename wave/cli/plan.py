@@ -9,7 +9,7 @@ import typer
 
 from waveos.cli import INTERRUPTED
 from waveos.cli.experiment import Out, Processes, Report, ScenarioName, Seed, Settings, load_scenario_of
-from waveos.cli.results import check_outputs, keep_results, write_report
+from waveos.cli.results import check_outputs, files_of, keep_results, write_report
 from waveos.cli.running import gather_inputs, open_pool, show_progress
 from waveos.cli.terminal import Json, print_json, print_table, talk
 from waveos.errors import ConfigError
@@ -30,7 +30,7 @@ def plan(
 ) -> int | None:
     """Should this workload's policy be offloaded? Over links, IPU cores, mitigations and loads: where it pays, what it costs, what limits it."""
     scenario = load_scenario_of(scenario_name, settings, seed=seed, policies=[policy] if policy else None)
-    check_outputs(out, report)
+    check_outputs(out, report, kept=files_of(scenario, scenario_name))
     if scenario.subsystem != "sched":
         raise ConfigError(
             f"wave plan is for scenarios of sched; {scenario.name} is one of {scenario.subsystem}: "
@@ -38,8 +38,8 @@ def plan(
         )
     name = scenario.policies.names[-1]
     chosen = scenario.model_copy(update={"policies": scenario.policies.model_copy(update={"names": [name], "ablation": ""})})
-    import_module("waveos.ipu_emulator.experiment").check_policies(chosen)
     with open_pool(processes) as pool:
+        chosen = import_module("waveos.ipu_emulator.experiment").check_policies(chosen, pool=pool)
         planned = import_module("waveos.ipu_emulator.plan").Plan(
             chosen, gather_inputs(chosen, pool), name, machine=import_module("waveos.bench.machine").describe_machine()
         )

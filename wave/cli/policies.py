@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,6 +130,10 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{name!r} is a word or module of Python's, or of Wave's; choose another name, such as my_{name}")
     if name in policy_names():
         raise ConfigError(f"a policy {name!r} is already installed; choose another name, such as my_{name}")
+    if find_spec(name) is not None:
+        raise ConfigError(
+            f"a module {name!r} is installed already, and the policy's would be another of that name; choose another, such as my_{name}"
+        )
 
 
 def _render(name: str) -> dict[str, str]:

@@ -68,6 +68,7 @@ def replay(
     chosen[policy] = dict(map(parameter, params or []))
     scenario = model.scenario_of(demands, path.name, list(chosen), chosen, link, host)
     with open_pool(None) as pool:
+        scenario = import_module("waveos.ipu_emulator.experiment").check_policies(scenario, pool=pool)
         costs = import_module("waveos.bench.policy").message_costs(list(chosen), chosen)
         compared = model.comparison_of(scenario, demands, costs, placement)
         code = measure(compared, pool, saturation=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from waveos.cli.terminal import print_json, print_table, stdout, talk
 from waveos.errors import ConfigError
+from waveos.names import split_policy_file
 
 
 def give_results(results: Mapping[str, Any], out: Path | None, report: Path | None, as_json: bool, *, stopped: int | None = None) -> None:
@@ -50,8 +51,20 @@ def _as_number(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Refuse an output that cannot be written before anything long is run."""
+def files_of(scenario: Any, name: str) -> list[Path]:
+    """Files that a run of the scenario, which was asked for by `name`, is made of: its own and those of its policies."""
+    named = [parts[0] for each in scenario.policies.names if (parts := split_policy_file(each)) is not None]
+    return [path for path in (Path(name), *map(Path, named), *(scenario.base / each for each in named)) if path.is_file()]
+
+
+def check_outputs(*paths: Path | None, kept: Sequence[Path] = ()) -> None:
+    """Refuse an output that cannot be written, or that would be written over another or over one of `kept`, before anything long is run."""
+    given = [path.resolve() for path in paths if path is not None and (path.is_file() or not path.exists())]
+    for number, target in enumerate(given):
+        if target in given[:number]:
+            raise ConfigError(f"{target} is named for two outputs, and the second would be written over the first: name two files")
+        if target in [each.resolve() for each in kept]:
+            raise ConfigError(f"cannot write {target}: this run is made of it; name another file")
     for path in paths:
         if path is not None and path.is_dir():
             raise ConfigError(f"cannot write {path}: it is a folder; name a file")

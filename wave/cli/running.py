@@ -16,6 +16,7 @@ from waveos.cli import INTERRUPTED
 from waveos.cli.terminal import talk
 from waveos.errors import ConfigError, MissingError
 from waveos.names import nearest, split_policy_file
+from waveos.paths import cache_dir
 
 if TYPE_CHECKING:
     from waveos.scenario import Scenario
@@ -35,7 +36,7 @@ def only_in(placement: str) -> Callable[[Any], bool]:
 def prepare(scenario: Scenario, pool: Any = None, *, only: Callable[[Any], bool] = lambda configuration: True) -> Any:
     """The scenario's comparison (`waveos.ipu_emulator.experiment.Comparison`), with everything it reads read, ready to run."""
     experiment = import_module("waveos.ipu_emulator.experiment")
-    experiment.check_policies(scenario)
+    scenario = experiment.check_policies(scenario, pool=pool)
     link = import_module("waveos.ipu_emulator.job").link_of(scenario)
     return experiment.Comparison(
         scenario,
@@ -133,7 +134,7 @@ def _measured_costs(scenario: Scenario, inputs: Any, files: Mapping[str, str], p
             pool.submit(job.Job(short, inputs, job.Ask(configuration, experiment.capacity_per_s(scenario, inputs) / 2, 1)))
     for _ in pool.finished():
         pass
-    pool.submit(job.CostJob("waveos.bench.policy:message_costs", tuple(files.values()), _params(scenario, files)))
+    pool.submit(job.CallJob("waveos.bench.policy:message_costs", (tuple(files.values()), _params(scenario, files)), ", ".join(files.values())))
     [(_, costs)] = pool.finished()
     return costs
 
@@ -201,11 +202,11 @@ def show_progress(label: str, compiling: str = _COMPILING) -> Iterator[Callable[
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"{label}starting; {compiling}", total=None)
+            task = bar.add_task(f"{label}starting" + (f"; {compiling}" if compiling and _compiles() else ""), total=None)
             yield lambda done, expected, what: bar.update(task, completed=done, total=expected, description=f"{label}{what}")
         return
     last = time.monotonic() - _EVERY_S + 1  # the first line soon
-    waiting = threading.Timer(3, talk, (compiling,)) if compiling else threading.Timer(0, lambda: None)
+    waiting = threading.Timer(3, lambda: talk(compiling) if _compiles() else None) if compiling else threading.Timer(0, lambda: None)
     waiting.daemon = True
 
     def say(done: int, expected: int, what: str) -> None:
@@ -220,6 +221,14 @@ def show_progress(label: str, compiling: str = _COMPILING) -> Iterator[Callable[
         yield say
     finally:
         waiting.cancel()
+
+
+def _compiles() -> bool:
+    """Whether the newest folder of compiled code (`waveos.jit`) has no engine yet."""
+    root = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_dir("compiled"))
+    folders = [each for each in root.glob("*") if each.is_dir()]
+    newest = max(folders, key=lambda each: each.stat().st_mtime, default=None)
+    return newest is None or not any(newest.rglob("engine.advance-*.nbi"))
 
 
 def write_trace(comparison: Any, pool: Any, from_ms: float, for_ms: float, out: Path) -> int:

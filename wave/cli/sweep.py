@@ -253,10 +253,8 @@ def _gather(scenarios: list[Any]) -> list[Any]:
         for scenario in scenarios:
             key = _reads(scenario)
             if key not in known:
-                check(scenario)
-                if pool is None and scenario.agent.message_ns == "measured":
-                    pool = stack.enter_context(open_pool(1))
-                known[key] = gather_inputs(scenario, pool)
+                pool = pool or stack.enter_context(open_pool(1))
+                known[key] = gather_inputs(check(scenario, pool=pool), pool)
         return [known[_reads(scenario)] for scenario in scenarios]
 
 

@@ -125,7 +125,7 @@ def failure(runtime: np.ndarray[Any, Any], bound: Bound) -> PolicyError:
     request, worker = int(head["failed_request"]), int(head["failed_worker"])
     match int(head["failed"]):
         case 1:
-            return PolicyError(f"{place}: {bound.explain(runtime['msg'])}")
+            return PolicyError(f"{place}: {bound.explain(runtime['msg'], runtime['orders'])}")
         case 2:
             states = ("is over or was never there", "is its own", "is already steered", "is already at a worker")
             state = states[int(runtime["request"]["state"][0, request])]

@@ -73,13 +73,17 @@ def set_rate(txns: Any, request_class: int, per_s: int) -> None:
 
 @jitable
 def depth(txns: Any, worker: int) -> int:
-    """Requests that were steered to `worker` and are not done, this call's orders included."""
+    """Requests that were steered to `worker` and are not done, this call's orders included. Raises IndexError where there can be no such worker."""
+    if worker < 0 or worker >= MAX_WORKERS:
+        raise IndexError("depth of a worker that cannot be; workers are 0..self.cpus - 1")
     return txns.depth[worker]  # type: ignore[no-any-return]
 
 
 @jitable
 def shallowest(txns: Any, workers: int) -> int:
-    """The worker of 0..workers-1 that has the fewest requests; -1: none takes any."""
+    """The worker of 0..workers-1 that has the fewest requests; -1: none takes any. Raises IndexError where there cannot be so many."""
+    if workers > MAX_WORKERS:
+        raise IndexError("shallowest of more workers than there can be; self.cpus is how many there are")
     best = -1
     for worker in range(workers):
         if txns.present[worker] and (best < 0 or txns.depth[worker] < txns.depth[best]):

@@ -10,21 +10,22 @@ import ctypes
 import hashlib
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 from numba import carray, cfunc, njit, types
-from numba.core.errors import NumbaError
+from numba.core.errors import NumbaWarning
 
 from waveos.errors import PolicyError
 from waveos.jit import as_pointer, jit_wanted
 from waveos.output import write_file
 from waveos.paths import cache_dir
+from waveos.policy.reason import is_raised_by, last_line, why_not_compiled
 
 if TYPE_CHECKING:
     from waveos.policy.policy import Policy
@@ -45,22 +46,30 @@ class Bound:
     address: int
     handlers: int  # bit t set: there is a handler for message type t
     keep: Any  # what the address points into
-    failure: list[str]  # what a plain handler raised
+    failure: list[BaseException]  # what a plain handler raised
     fingerprint: str  # of all that the handlers consist of
 
     @property
     def state_address(self) -> int:
         return int(self.state.ctypes.data)
 
-    def explain(self, message: np.ndarray[Any, Any]) -> str:
-        """Why the handler of `message` raised, found by running it once more as plain Python on a copy of the state."""
+    def explain(self, message: np.ndarray[Any, Any], orders: np.ndarray[Any, Any] | None = None) -> str:
+        """Why the handler of `message` raised, found by running it once more as plain Python on a copy of the state, and of `orders` if it reads there.
+
+        What only passed through a plain handler (Ctrl-C, the end of a process, a pipe that closed) is raised again here.
+        """
         if self.failure:
-            return self.failure[-1]
+            error = self.failure[-1]
+            if _passes(error) and not (isinstance(error, SystemExit) and is_raised_by(self.policy, error)):
+                raise error
+            return last_line(error, self.policy)
         name = _handler_name(self.policy, int(message["type"][0]))
+        given = np.zeros(1, self.policy.subsystem.ORDERS) if orders is None else orders.copy()
+        given["n"] = 0
         try:
-            self.policy.handlers[name](_plain(self.state.copy()), _plain_message(message), _plain(np.zeros(1, self.policy.subsystem.ORDERS)))
+            self.policy.handlers[name](_plain(self.state.copy()), _plain_message(message), _plain(given))
         except Exception as error:
-            return _last_line(error)
+            return last_line(error, self.policy)
         return "run it with WAVE_JIT=0 for the traceback"
 
 
@@ -72,7 +81,7 @@ def bind(policy: type[Policy], n_cpus: int, params: dict[str, float]) -> Bound:
     for key, value in params.items():
         state[key] = value
     handlers = sum(1 << code for name, code in policy.subsystem.HANDLERS.items() if name in policy.handlers)
-    failure: list[str] = []
+    failure: list[BaseException] = []
     source = _dispatch_source(policy)
     fingerprint = _fingerprint(policy, source, dtype)
     if policy.compiled and jit_wanted():
@@ -133,17 +142,13 @@ def _compile(policy: type[Policy], dtype: np.dtype[Any], source: str, fingerprin
     space.update({name: njit(boundscheck=True)(handler) for name, handler in policy.handlers.items()})
     exec(compile(source, str(path), "exec"), space)  # the text just made above
     try:
-        return cfunc(_SIGNATURE, cache=True)(space["dispatch"])
-    except NumbaError as error:
-        raise PolicyError(f"policy {policy.name!r} cannot be compiled: {_numba_says(error)}; WAVE_JIT=0 runs it as plain Python") from error
-
-
-def _numba_says(error: NumbaError) -> str:
-    """The innermost reason and place of numba's long message, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    place = next((line for line in reversed(lines) if line.startswith('File "')), "")
-    reason = next((line for line in lines if not line.startswith(("Failed in", "During", "-", "File"))), lines[0] if lines else "unknown reason")
-    return f"{reason} {place}".strip()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumbaWarning)  # they name the file generated above
+            return cfunc(_SIGNATURE, cache=True)(space["dispatch"])
+    except (OSError, MemoryError):  # the cache's, no fault of the policy
+        raise
+    except Exception as error:  # numba lets KeyError and AttributeError of its own through
+        raise PolicyError(f"policy {policy.name!r} cannot be compiled: {why_not_compiled(policy, error)}") from error
 
 
 def _fingerprint(policy: type[Policy], source: str, dtype: np.dtype[Any]) -> str:
@@ -225,7 +230,7 @@ def _plain_message(record: np.ndarray[Any, Any]) -> Any:
     return SimpleNamespace(**dict(zip(record.dtype.names or (), record[0].item(), strict=True)))
 
 
-def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -> Any:
+def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[BaseException]) -> Any:
     """The handlers as they stand, behind a C callback. What they raise is kept and told by the one who runs them."""
     views: dict[int, Any] = {}
     message_dtype, orders_dtype = policy.subsystem.MESSAGE, policy.subsystem.ORDERS
@@ -246,8 +251,8 @@ def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -
             msg = _plain_message(memory(message, message_dtype))
             arms[msg.type](record(state, dtype), msg, record(orders, orders_dtype))
         except BaseException as error:  # nothing may pass through the C frame
-            failure.append(_last_line(error))
-            if os.environ.get("WAVE_DEBUG"):
+            failure.append(error)
+            if os.environ.get("WAVE_DEBUG") and not _passes(error):
                 traceback.print_exc()
             return RAISED
         return 0
@@ -255,7 +260,6 @@ def _interpret(policy: type[Policy], dtype: np.dtype[Any], failure: list[str]) -
     return _CALLBACK(dispatch)
 
 
-def _last_line(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = next((f for f in reversed(frames) if "waveos" not in f.filename and Path(f.filename).name not in ("state.py", "orders.py")), frames[-1])
-    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+def _passes(error: BaseException) -> bool:
+    """Whether it ends more than the handler in which it came up."""
+    return not isinstance(error, Exception) or isinstance(error, BrokenPipeError)

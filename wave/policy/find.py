@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 import sys
+import traceback
+from contextlib import redirect_stdout
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -78,18 +82,38 @@ def _from_file(file: str, wanted: str) -> type[Policy]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):  # what the file prints is talk, not data
+            spec.loader.exec_module(module)
     except PolicyError:
         raise
     except SyntaxError as error:
         raise PolicyError(f"{path}:{error.lineno}: {error.msg}") from error
+    except SystemExit as error:
+        raise PolicyError(f"{_place(path, error)}: the file ends the program (SystemExit); it may only define policies") from error
     except Exception as error:
-        raise PolicyError(f"{path}: {type(error).__name__}: {error}") from error
+        raise PolicyError(f"{_place(path, error)}: {_misspelt_keyword(error) or f'{type(error).__name__}: {error}'}") from error
     classes = {v.__name__: v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Policy) and v.__module__ == spec.name}
     if wanted:
         if wanted not in classes:
             raise PolicyError(f"{path} has no policy class {wanted!r}{nearest(wanted, classes)}; it has: {', '.join(classes) or 'none'}")
         return classes[wanted]
+    if not classes:
+        raise PolicyError(f"{path} has no policy class; write one as class Mine(Policy, subsystem=sched, name='mine')")
     if len(classes) != 1:
-        raise PolicyError(f"{path} has {len(classes)} policy classes ({', '.join(classes) or 'none'}); name one as {path.name}:Class")
+        raise PolicyError(f"{path} has {len(classes)} policy classes ({', '.join(classes)}); name one as {path.name}:Class")
     return next(iter(classes.values()))
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """file:line of what the file did when it raised."""
+    line = next((frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == str(path)), None)
+    return f"{path}:{line}" if line else str(path)
+
+
+def _misspelt_keyword(error: Exception) -> str:
+    """Of a class statement with a keyword that `Policy` does not know: that, and the nearest it knows."""
+    found = re.search(r"Policy\.__init_subclass__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found:
+        return ""
+    known = [each.name for each in inspect.signature(Policy.__init_subclass__).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    return f"a policy class takes no keyword {found[1]!r}{nearest(found[1], known)}; known: {', '.join(known)}"

@@ -18,9 +18,7 @@ It may have these types, whose meaning is the same everywhere: `txn_outcome`, `b
 from __future__ import annotations
 
 import itertools
-import traceback
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +28,7 @@ import numpy.typing as npt
 from waveos.errors import PolicyError
 from waveos.names import nearest
 from waveos.outcome import Outcome
+from waveos.policy.reason import last_line
 from waveos.record import VERSION
 
 if TYPE_CHECKING:
@@ -76,8 +75,9 @@ class PlainRuntime:
     `txn_failed`, `txn_committed` or what the subsystem redelivers, keeps timers, and begins anew on a RESYNC.
     """
 
-    def __init__(self, policy: type[Policy], params: dict[str, float] | None = None) -> None:
-        self.policy_class = policy
+    def __init__(self, policy: type[Policy], params: dict[str, float] | None = None, handling: Callable[[str], None] = lambda name: None) -> None:
+        """`handling`: told the name of each handler before it is called, and "" after."""
+        self.policy_class, self._handling = policy, handling
         self.subsystem: Any = policy.subsystem
         self._values = policy.param_values(params)
         self._names = {code: name for name, code in self.subsystem.MESSAGE_TYPES.items()}
@@ -189,13 +189,18 @@ class PlainRuntime:
                 self._call(name, handler, SimpleNamespace(**dict(zip(run.dtype.names or (), row.item(), strict=True))), run)
 
     def _call(self, name: str, function: Any, message: Any = None, run: Records | None = None) -> None:
+        self._handling(name)
         try:
             function() if message is None else function(message, self._txns)
             self._take()
         except PolicyError:
             raise
         except Exception as error:
-            raise PolicyError(f"policy {self.policy_class.name!r}: {name} raised {_last_line(error)}{_about(message, run)}") from error
+            raise PolicyError(
+                f"policy {self.policy_class.name!r}: {name} raised {last_line(error, self.policy_class)}{_about(message, run)}"
+            ) from error
+        finally:
+            self._handling("")
 
     def _take(self) -> None:
         """Stamp what a handler ordered."""
@@ -221,12 +226,6 @@ def _runs(records: Records) -> Iterator[tuple[int, Records]]:
 
 def _takes_many(handler: Any) -> bool:
     return bool(handler.__code__.co_varnames[1] == "msgs")
-
-
-def _last_line(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = next((frame for frame in reversed(frames) if Path(frame.filename).name not in ("plain.py", "orders.py")), frames[-1])
-    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
 
 
 def _about(message: Any, run: Records | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar
 
@@ -38,18 +39,23 @@ class Policy:
 
     def __init_subclass__(cls, *, subsystem: ModuleType, name: str, compiled: bool = True, work_conserving: bool = True) -> None:
         declared = dict(vars(cls))
+        _check_name(cls, name)
         cls.name, cls.subsystem, cls.compiled, cls.work_conserving = name, subsystem, compiled, work_conserving
         cls.handlers, cls.fields, cls.params = {}, {}, {}
         if getattr(subsystem, "PLAIN", False):
             _declare_plain(cls)
             return
+        _check_form(cls)
         for attribute, annotation in inspect.get_annotations(cls).items():
             if annotation is not Param and annotation != "Param":
                 raise PolicyError(f"{_where(cls, attribute)}: {attribute!r} is annotated {annotation!r}; only `Param` is known")
+            _check_free(cls, attribute, "parameter")
             cls.params[attribute] = None
         for attribute, value in declared.items():
             if attribute.startswith("__"):
                 continue
+            if not isinstance(value, FunctionType):
+                _check_free(cls, attribute, "state")
             if attribute in cls.params:
                 cls.params[attribute] = _number(cls, attribute, value)
             elif isinstance(value, FunctionType):
@@ -87,6 +93,33 @@ class Policy:
         return {key: float(value) for key, value in values.items() if value is not None}
 
 
+def _check_name(cls: type[Policy], name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise PolicyError(f"{_where(cls, 'class')}: policy name {name!r}; it also names files: letters, digits, '_', and after the first '-' and '.'")
+
+
+def _check_form(cls: type[Policy]) -> None:
+    """Refuse what would be lost silently: only handlers and state declared in the class itself are compiled."""
+    if "__init__" in vars(cls):
+        raise PolicyError(
+            f"{_where(cls, 'def __init__')}: policy {cls.name!r} has an __init__, which nobody calls; "
+            "declare state in the class, where it is zero at first, or a parameter as `name: Param = value`"
+        )
+    for base in cls.__mro__[1:]:
+        if issubclass(base, Policy) and base is not Policy:
+            raise PolicyError(
+                f"{_where(cls, 'class')}: policy {cls.name!r} inherits from policy {base.name!r}, whose handlers it would not have; "
+                "derive from Policy, and share code in @jitable functions"
+            )
+
+
+def _check_free(cls: type[Policy], attribute: str, kind: str) -> None:
+    taken = {"cpus"} if kind == "state" or not getattr(cls.subsystem, "PLAIN", False) else set()
+    taken |= {name for name in (*vars(Policy), *inspect.get_annotations(Policy)) if not name.startswith("_")}
+    if attribute in taken:
+        raise PolicyError(f"{_where(cls, attribute)}: {kind} {attribute!r} has a name that Wave uses; taken are: {', '.join(sorted(taken))}")
+
+
 def _check_any(cls: type[Policy]) -> None:
     if not cls.handlers:
         raise PolicyError(f"{_where(cls, 'class')}: policy {cls.name!r} handles no message; known: {', '.join(cls.subsystem.HANDLERS)}")
@@ -99,6 +132,7 @@ def _declare_plain(cls: type[Policy]) -> None:
     for base in reversed([each for each in cls.__mro__ if issubclass(each, Policy) and each is not Policy]):
         for attribute, annotation in inspect.get_annotations(base).items():
             if annotation is Param or annotation == "Param":
+                _check_free(cls, attribute, "parameter")
                 cls.params[attribute] = None
         for attribute, value in vars(base).items():
             if attribute in cls.params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from waveos.output import write_file
 from waveos.report import quantities
 from waveos.report.reading import QUANTILES, WORLDS, Reading, read_results
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+"""A key that TOML wants no quotes for."""
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -92,7 +96,8 @@ def _add_table(lines: list[str], name: str, table: Mapping[str, Any]) -> None:
         lines.extend(["", f"[{name}]"])
     lines.extend(f"{key} = {_inline(value)}" for key, value in plain.items())
     for key, value in table.items():
-        inner = f"{name}.{key}" if name else str(key)
+        step = str(key) if _BARE.fullmatch(str(key)) else json.dumps(str(key), ensure_ascii=False)
+        inner = f"{name}.{step}" if name else step
         if _is_table(value):
             _add_table(lines, inner, value)
         elif _is_tables(value):

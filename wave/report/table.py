@@ -59,7 +59,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
 
 def _caption(reading: Reading, rows: Sequence[Row]) -> str:
     facts = [f"timing: {reading.timing}; {reading.link_text}"]
-    if reading.objective_text:
+    if reading.objective_text and reading.has_saturation:
         facts.append(f"saturation: the highest load with {reading.objective_text}")
     facts.append("stale: decisions refused because the state had moved on; age: of the state behind a decision when the host acted on it")
     if reading.cost_columns:

@@ -8,10 +8,14 @@ The laws:
 - `cpu_idle` is level-triggered: after each batch it is asked for every idle CPU without an outstanding decision, while the policy holds a thread.
 - With prestaging it is then asked for busy CPUs as well (`front=1`), up to `depth` decisions ahead. A thread staged behind a busy CPU is offered
   to one that falls idle: the same decision is made again there, and whichever copy the host meets second aborts as stale.
+- A thread staged on a CPU that a higher class took is offered to one that falls idle in the same way: the host does nothing there until the CPU is back.
 - A CPU that went idle while a decision was on its way to it unannounced is kicked: no wake-up is lost.
 - A CPU has at most DEPTH decisions outstanding; one more is not sent, and fails as congested when the batch ends.
 - `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
+- A thread that a CPU refused as unavailable (it may not run there) is not sent there again until its sequence number moves on, its affinity changes, or
+  10 ms have passed (REFUSED_NS). If the policy answers that CPU's `cpu_idle` with it nonetheless, the policy is asked for another, so that no thread waits
+  behind it; then it comes back as above, before the next CPU is asked.
 - A thread that left while the policy held it (the host ran it, it was bound elsewhere, it ended) is dropped silently when the policy runs it; a thread
   the policy does not hold is an error. If it comes back meanwhile it is offered again, and the policy then has it twice: the first that it runs is
   dropped, so that the place from before is not its place now. A policy that keeps threads otherwise than in queues forgets them in `thread_running` and
@@ -43,6 +47,8 @@ MOST_VOID = 4
 """Places of a thread in a policy's queues at once; one more is not taken, and the thread has one of those."""
 RETURNS = 256
 """Decisions of one batch that may find their CPU full."""
+REFUSED_NS = 10_000_000
+"""How long a CPU's refusal of a thread holds, if nothing is heard of the thread: it may have had another cause than the thread's affinity."""
 
 # Compiled code compares plain integers.
 (
@@ -67,10 +73,12 @@ RETURNS = 256
     RESYNC,
 ) = map(int, Message)
 RUN, YIELD_CPU, KICK = map(int, Decision)
-COMMITTED, CONGESTED = int(Outcome.COMMITTED), int(Outcome.CONGESTED)
+COMMITTED, CONGESTED, CPU_UNAVAILABLE = int(Outcome.COMMITTED), int(Outcome.CONGESTED), int(Outcome.CPU_UNAVAILABLE)
 
-# Where a thread is, as the newest message has it.
-ABSENT, BLOCKED, RUNNABLE, STAGED, RUNNING = range(5)
+# Where a thread is, as the newest message has it. WITHHELD: the policy ran it on a CPU that refuses it; its again once that CPU has been asked for.
+ABSENT, BLOCKED, RUNNABLE, STAGED, RUNNING, WITHHELD = range(6)
+# What the policy answered for a CPU. NONE_LEFT: it holds no thread that may run there.
+DECLINED, PLACED, NONE_LEFT = range(3)
 # What stopped a policy.
 RAISED, NOT_ITS_THREAD, NOT_A_THREAD, NOT_A_CPU, CPU_FULL, TOO_MANY = range(1, 7)
 
@@ -106,7 +114,15 @@ CPU = np.dtype(
     ],
     align=True,
 )
-
+REFUSAL = np.dtype(
+    [
+        ("seq", "i8"),  # holds while this is the thread's sequence number,
+        ("until_ns", "i8"),  # and until then
+        ("since_ns", "i8"),  # when a CPU first refused the thread as of that number
+        ("cpus", "u1", (MAX_CPUS // 8,)),  # a bit for each CPU that refused the thread
+    ],
+    align=True,
+)
 
 RUNTIME = np.dtype(
     [
@@ -146,11 +162,15 @@ RUNTIME = np.dtype(
         ("timers_past", "i8"),  # some timer may be past
         ("returned", "i8"),
         ("returned_tid", "i8", (RETURNS,)),  # threads whose decision found no room; offered again when the batch ends
+        ("refused_until_ns", "i8"),  # no CPU's refusal holds from then on
+        ("withheld", "i8"),
         ("msg", MESSAGE),  # what a handler is given
         ("orders", ORDERS),  # what it answers
         ("cpu", CPU, (MAX_CPUS,)),
         ("out", DECISION, (OUT,)),
         ("thread", THREAD, (MAX_THREADS,)),
+        ("refusal", REFUSAL, (MAX_THREADS,)),
+        ("withheld_tid", "i4", (MAX_THREADS,)),
     ],
     align=True,
 )
@@ -187,7 +207,7 @@ def failure(runtime: np.ndarray[Any, Any], bound: Bound) -> PolicyError:
         case 1:
             return PolicyError(f"{place}: {bound.explain(runtime['msg'])}{_full_queue(bound)}")
         case 2:
-            states = ("is gone or was never there", "is blocked", "waits", "is already staged", "is already running")
+            states = ("is gone or was never there", "is blocked", "waits", "is already staged", "is already running", "is already staged")
             state = states[int(runtime["thread"]["state"][0, tid])]
             return PolicyError(f"{place}: ran thread {tid}, which {state}; run only threads given by thread_runnable, each once")
         case 3:
@@ -265,6 +285,30 @@ def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
 
 
 @jit_inline
+def _refuses(rt: Any, cpu: int, tid: int) -> Any:
+    """Whether the CPU has refused the thread, and nothing is known to have changed since."""
+    if rt.now_ns >= rt.refused_until_ns:
+        return False
+    r = rt.refusal[tid]
+    return rt.now_ns < r.until_ns and r.seq == rt.thread[tid].seq and (r.cpus[cpu >> 3] >> (cpu & 7)) & 1 != 0
+
+
+@jit
+def _note_refusal(rt: Any, cpu: int, tid: int, seq: int) -> None:
+    """The CPU refuses the thread as of `seq`. The policy is asked again when that is over, whatever is heard until then."""
+    r = rt.refusal[tid]
+    if r.seq != seq:
+        r.since_ns = rt.now_ns
+    if rt.now_ns >= r.until_ns or r.seq != seq:
+        for i in range(len(r.cpus)):
+            r.cpus[i] = 0
+        r.seq, r.until_ns = seq, rt.now_ns + REFUSED_NS
+        rt.refused_until_ns = r.until_ns
+        rt.next_timer_ns = min(rt.next_timer_ns, r.until_ns)
+    r.cpus[cpu >> 3] |= 1 << (cpu & 7)
+
+
+@jit_inline
 def _apply(rt: Any) -> None:
     """Carry out the orders of the handler that just returned."""
     orders = rt.orders
@@ -288,7 +332,12 @@ def _apply(rt: Any) -> None:
                 return
             else:
                 rt.waiting -= 1
-                _stage(rt, tid, cpu, op == ORDER_RUN_NOW)
+                if _refuses(rt, cpu, tid) and rt.msg.type == CPU_IDLE:
+                    t.state = WITHHELD
+                    rt.withheld_tid[rt.withheld] = tid
+                    rt.withheld += 1
+                else:
+                    _stage(rt, tid, cpu, op == ORDER_RUN_NOW)
         elif op == ORDER_PREEMPT or op == ORDER_IDLE:
             if c.running >= 0 and not c.ordered:
                 if c.live or op == ORDER_IDLE:
@@ -409,6 +458,8 @@ def _settle_outcome(rt: Any, m: Any) -> None:
         _run(rt, tid, cpu, m)
     else:
         c.ordered = 0
+        if outcome == CPU_UNAVAILABLE and not c.taken and (c.idle or c.running >= 0):  # else it may not have been the enclave's just then
+            _note_refusal(rt, cpu, tid, m.seq)
         if t.state == STAGED and t.cpu == cpu:  # else: another copy of the decision, or news of the thread, came first
             rt.redelivered += 1
             _offer(rt, tid, cpu, TXN_FAILED, 1, outcome, m.time_ns)
@@ -423,25 +474,49 @@ def _reset(rt: Any) -> None:
     for tid in range(rt.threads):
         t = rt.thread[tid]
         t.state, t.void = ABSENT, 0
+        if rt.refused_until_ns:
+            rt.refusal[tid].until_ns = 0
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         c.timer_ns, c.running, c.staged, c.live, c.kicked, c.present, c.idle, c.taken, c.preempting, c.ordered = 0, -1, 0, 0, 0, 0, 0, 0, 0, 0
-    rt.waiting = rt.void = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = 0
+    rt.waiting = rt.void = rt.returned = rt.idle = rt.live = rt.preempting = rt.made = rt.refused_until_ns = 0
+
+
+@jit
+def _hand_back(rt: Any, cpu: int) -> None:
+    """The policy has been asked for `cpu`: threads that may not run there are its again, in front of others, the one refused for longest first.
+
+    In that order, not in the one in which they were named: what was refused just now came back in front of those that had been before.
+    """
+    order = rt.withheld_tid
+    for i in range(1, rt.withheld):
+        tid, at = order[i], i
+        while at > 0 and rt.refusal[order[at - 1]].since_ns > rt.refusal[tid].since_ns:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = tid
+    while rt.withheld:
+        rt.withheld -= 1
+        _offer(rt, int(order[rt.withheld]), cpu, TXN_FAILED, 1, CPU_UNAVAILABLE, rt.now_ns)
 
 
 @jit_inline
 def _ask(rt: Any, cpu: int, ahead: int) -> Any:
-    """Ask the policy for a thread for `cpu`; True if it placed one."""
+    """Ask the policy for a thread for `cpu`: PLACED, DECLINED or NONE_LEFT."""
     c = rt.cpu[cpu]
-    before = c.staged
+    before, answer = c.staged, NONE_LEFT
     while rt.waiting > 0 and not rt.failed:
-        dropped = rt.dropped
+        passed = rt.dropped + rt.withheld
         _deliver(rt, CPU_IDLE, -1, cpu, ahead, 0, rt.now_ns)
         if c.staged != before:
-            return True
-        if rt.dropped == dropped:  # it declined; else the thread that it chose had left meanwhile
-            return False
-    return False
+            answer = PLACED
+            break
+        if rt.dropped + rt.withheld == passed:  # else the thread that it chose had left meanwhile, or may not run there
+            answer = DECLINED
+            break
+    if rt.withheld:
+        _hand_back(rt, cpu)
+    return answer
 
 
 @jit
@@ -457,24 +532,25 @@ def _clear(rt: Any) -> None:
 
 
 @jit
-def _last_live(rt: Any, cpu: int) -> Any:
-    """The thread staged last on `cpu` and not elsewhere since; -1: none."""
+def _last_live(rt: Any, cpu: int, to: int) -> Any:
+    """The thread staged last on `cpu`, not elsewhere since, that CPU `to` does not refuse; -1: none."""
     c = rt.cpu[cpu]
     for i in range(c.staged - 1, -1, -1):
-        t = rt.thread[c.staged_tid[i]]
-        if t.state == STAGED and t.cpu == cpu:
-            return int(c.staged_tid[i])
+        tid = int(c.staged_tid[i])
+        t = rt.thread[tid]
+        if t.state == STAGED and t.cpu == cpu and not _refuses(rt, to, tid):
+            return tid
     return -1
 
 
 @jit
 def _restage(rt: Any, cpu: int) -> None:
-    """Offer a thread that is staged behind a busy CPU to `cpu`, which is idle: decide it again there."""
+    """Offer a thread that is staged behind a busy CPU, or on one that is taken, to `cpu`, which is idle: decide it again there."""
     for i in range(rt.cpus):
         other = (rt.next_restage + i) % rt.cpus
         o = rt.cpu[other]
-        if o.live and o.running >= 0 and not o.ordered:
-            tid = _last_live(rt, other)
+        if o.live and (o.taken or (o.running >= 0 and not o.ordered)):
+            tid = _last_live(rt, other, cpu)
             if tid >= 0:
                 rt.restaged += 1
                 rt.next_restage = other + 1
@@ -487,7 +563,7 @@ def _restage(rt: Any, cpu: int) -> None:
 @jit
 def _expire_timers(rt: Any) -> None:
     """Call timer_expired for every CPU whose timer is past, and find the next that will be."""
-    rt.next_timer_ns, rt.timers_past = NEVER, 0
+    rt.next_timer_ns, rt.timers_past = (rt.refused_until_ns if rt.now_ns < rt.refused_until_ns else NEVER), 0
     for cpu in range(rt.cpus):
         c = rt.cpu[cpu]
         if c.timer_ns and c.running >= 0:
@@ -514,9 +590,9 @@ def _serve_idle(rt: Any) -> None:
         c.preempting = 0
         if c.idle:
             if c.live == 0:
-                if rt.waiting and not _ask(rt, cpu, 0):
-                    declined = True
-                if rt.waiting == 0 and rt.live and c.live == 0 and rt.conserving:
+                answer = _ask(rt, cpu, 0)
+                declined |= answer == DECLINED
+                if (rt.waiting == 0 or answer == NONE_LEFT) and rt.live and c.live == 0 and rt.conserving:
                     _restage(rt, cpu)
             elif not c.kicked:
                 c.kicked = 1
@@ -596,6 +672,8 @@ def feed(rt: Any, m: Any) -> Any:
         else:
             if kind == THREAD_NEW:
                 _leave(rt, tid, BLOCKED)
+            if kind != PRIORITY_CHANGED and rt.refused_until_ns:
+                rt.refusal[tid].until_ns = 0
             _deliver(rt, kind, tid, cpu, front, 0, m.time_ns)
     elif cpu >= 0:
         c = rt.cpu[cpu]

@@ -26,7 +26,7 @@ class Message(Told):
     THREAD_DEAD = 7, "the thread exited or left the enclave"
     CPU_NEW = 8, "msg.cpu belongs to the enclave; sent at start and when the host replays its state"
     CPU_IDLE = 9, "msg.cpu wants a thread (level-triggered); front=1: it still runs one, and asks for the next ahead of need"
-    CPU_TAKEN = 10, "a higher class of the kernel took msg.cpu"
+    CPU_TAKEN = 10, "a higher class of the kernel took msg.cpu; a decision for it waits until cpu_back, so preempt another CPU"
     CPU_BACK = 11, "msg.cpu is the enclave's again"
     TICK = 12, "the host's timer tick on msg.cpu"
     TIMER_EXPIRED = 13, "the timer set for msg.cpu is past; comes again after each batch in which a thread waits, until it is set again"
