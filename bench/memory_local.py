@@ -14,7 +14,7 @@ from waveos import __version__
 from waveos.bench import memory_live
 from waveos.bench.memory_live import ORACLE, Live, Plan
 from waveos.errors import ConfigError
-from waveos.policy.find import check_chosen
+from waveos.ipu_emulator.experiment import check_policies
 
 Progress = Callable[[int, int, str], None]
 PLACEMENTS = ("offload",)
@@ -24,9 +24,9 @@ PLACEMENTS = ("offload",)
 def compare(scenario: Any, progress: Progress, tell: Callable[[str], None]) -> dict[str, Any]:
     """The oracle and every policy of the scenario, one after the other; what came out, as it stands in a results file.
 
-    On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, MissingError.
+    On KeyboardInterrupt what has been run is returned, marked `interrupted`. Raises ConfigError, PolicyError, MissingError.
     """
-    check_chosen(scenario.policies, "memory", "memory")
+    scenario = check_policies(scenario, "memory")
     plan = plan_of(scenario)
     wanted = [ORACLE, *scenario.policies.names]
     runs: list[dict[str, Any]] = []

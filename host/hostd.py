@@ -210,8 +210,8 @@ class Hostd:
         self.mechanism.agent_here(self._generation)
         self.policy, self.params = policy or self.policy, params
         if (
-            self.agents.agent is None or self.agents.agent.uid in self._choosers
-        ):  # a member of the group may decide, but names no program for us to start
+            self.agents.agent is not None and self.agents.agent.uid in self._choosers
+        ):  # one of the group may decide, but names nothing for us to start
             self._chosen = self.policy, self.params
         self._attachments += 1
         self._attached_s = time.monotonic()

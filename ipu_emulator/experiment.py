@@ -111,9 +111,11 @@ def check_policies(scenario: Any, subsystem: str = "sched", pool: Jobs | None = 
     installed = sorted({entry.name for entry in entry_points(group="waveos.policies")})
     for name in wanted:
         if split_policy_file(name) is None and name not in installed:
-            where = "names" if name in chosen.names else "ablation"
+            from waveos.policy import policy_names
+
+            where, fit = "names" if name in chosen.names else "ablation", policy_names(subsystem)
             raise ConfigError(
-                f"policies.{where}: no {called}policy {name!r}{nearest(name, installed)}; installed: {', '.join(installed)}; or name a file, as my.py"
+                f"policies.{where}: no {called}policy {name!r}{nearest(name, fit)}; installed: {', '.join(fit)}; or name a file, as my.py"
             )
     files = {name: policy_file(scenario, name) for name in wanted}
     if pool is None:

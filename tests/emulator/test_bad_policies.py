@@ -4,24 +4,9 @@ import textwrap
 
 import pytest
 
+from tests.scenarios import TINY
 from waveos.cli import run
 
-SCENARIO = """\
-name = "tiny"
-[host]
-workers = 2
-[agent]
-message_ns = 40
-[workload]
-loads_per_s = [100000]
-[[workload.classes]]
-name = "GET"
-service = { fixed_us = 10 }
-[run]
-duration_ms = 2
-warmup_ms = 0
-replications = 1
-"""
 POLICY = """\
 from waveos import sched
 from waveos.policy import Policy, pop, push, ring, size
@@ -54,7 +39,7 @@ FLOOD = "for _ in range(1_000): sched.preempt(txns, 0)"
 )
 def test_it_is_stopped_and_named_in_one_line(tmp_path, monkeypatch, capsys, runnable, idle, room, told):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(SCENARIO)
+    (tmp_path / "tiny.toml").write_text(TINY)
     indented = {"runnable": textwrap.indent(runnable, " " * 8), "idle": textwrap.indent(idle, " " * 8)}
     (tmp_path / "bad.py").write_text(POLICY.format(room=room, **indented))
     assert run(["run", "tiny.toml", "--policy", "bad.py", "--placement", "offload", "--json", "--out", "out.json"]) == 3

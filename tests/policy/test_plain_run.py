@@ -5,24 +5,9 @@ import signal
 
 import pytest
 
+from tests.scenarios import TINY
 from waveos.cli import run
 
-SCENARIO = """\
-name = "tiny"
-[host]
-workers = 2
-[agent]
-message_ns = 40
-[workload]
-loads_per_s = [100000]
-[[workload.classes]]
-name = "GET"
-service = { fixed_us = 10 }
-[run]
-duration_ms = 1
-warmup_ms = 0
-replications = 1
-"""
 POLICY = """\
 import os, signal
 from waveos import sched
@@ -44,7 +29,7 @@ class Loud(Policy, subsystem=sched, name="loud"):
 def wave(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WAVE_JIT", "0")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.toml").write_text(SCENARIO)
+    (tmp_path / "tiny.toml").write_text(TINY)
 
     def ran(what):
         (tmp_path / "loud.py").write_text(POLICY.replace("WHAT", what))

@@ -101,6 +101,27 @@ def test_transactions_wait_for_room_at_the_agent_and_none_is_lost(machines):
     assert host.broken == 0
 
 
+def test_a_transaction_made_when_there_is_room_again_does_not_overtake_those_that_waited(machines):
+    host, agent = machines.both(txns=4)
+    for tid in range(6):
+        decide(agent, range(tid, tid + 1))
+    got = []
+    until(lambda: got.extend(host.poll_txns()["tid"].tolist()) or (agent._down.waiting and len(got) >= 4), "the window was full")
+    until(lambda: agent._exchange.doors[0].hear() is None or agent.session.room > 0, "the host says what it has taken")
+    decide(agent, range(6, 7))
+    until(lambda: got.extend(host.poll_txns()["tid"].tolist()) or agent.poll_messages() is None or len(got) >= 7, f"{len(got)} of 7 came")
+    assert got == list(range(7))
+
+
+def test_each_transaction_tells_the_host_what_the_agent_has_taken(machines):
+    host, agent = machines.both(messages=4)
+    host.send_messages(messages(range(4)))
+    until(lambda: len(agent.poll_messages(1)), "the first of four came")
+    decide(agent, range(1))  # three are there to be taken, and the agent does not look at its socket for those
+    until(lambda: len(host.poll_txns()), "the transaction came")
+    assert host.room(MESSAGES, 1) == 1
+
+
 def test_messages_wait_for_others_no_longer_than_the_deadline_though_no_verb_is_called(machines):
     host, agent = machines.both(batch_us=2_000)
     for tid in range(10):

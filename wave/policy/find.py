@@ -11,9 +11,8 @@ from contextlib import redirect_stdout
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
-from waveos.errors import ConfigError, PolicyError
+from waveos.errors import PolicyError
 from waveos.names import nearest, split_policy_file
 from waveos.policy.policy import Policy
 
@@ -24,23 +23,6 @@ def policy_names(subsystem: str = "") -> list[str]:
     """Names of all installed policies, sorted; with `subsystem`, of those of it that can be loaded."""
     names = sorted({entry.name for entry in entry_points(group=GROUP)})
     return [name for name in names if _subsystem_of(name) == subsystem] if subsystem else names
-
-
-def check_chosen(policies: Any, subsystem: str, called: str) -> None:
-    """Refuse what would fail in the middle: in a scenario's `policies`, one that is not installed or not of `subsystem`, or parameters for none.
-    `called`: the subsystem's name in messages.
-
-    Raises ConfigError.
-    """
-    known = policy_names(subsystem)
-    for name in policies.names:
-        if ".py" not in name and name not in known:
-            raise ConfigError(
-                f"policies.names: no {called} policy {name!r}{nearest(name, known)}; installed: {', '.join(known)}; or name a file, as my.py"
-            )
-    for name in policies.params:
-        if name not in (*policies.names, *known):
-            raise ConfigError(f"policies.params.{name}: no {called} policy of that name{nearest(name, known)}")
 
 
 def _subsystem_of(name: str) -> str:
