@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -128,6 +129,7 @@ def usual_slice_ns() -> int:
     return first.slice_ns if first.policy in _FAIR else 0
 
 
+@functools.cache
 def _call(which: int) -> int:
     machine = platform.machine()
     if machine not in _CALLS:

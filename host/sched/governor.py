@@ -28,8 +28,8 @@ EVENT = np.dtype([("type", "u4"), ("pid", "u4"), ("tid", "i4"), ("from_pid", "u4
 FORK, GONE, EXEC = 2, 3, 4  # enum event_type in wave.bpf.h
 NOTHING = -1
 """In place of an entry of the journal: there is nothing to put back."""
-SWEEP = 4
-"""Members looked at in a tick, to see whether they live."""
+SWEEP, SWEEP_TICKS = 8, 20
+"""Members looked at, to see whether they live, in one of so many ticks: it would be half of what a tick costs."""
 
 
 class Adopt(ctypes.Structure):
@@ -75,6 +75,7 @@ class Governor:
         self._threads: dict[int, Member] = {}  # by pid
         self._free = deque(range(THREADS))
         self._round: Iterator[int] = iter(())  # members that are looked at next
+        self._ticks = 0
         self._outside = 0  # children of members that could not be taken in
         self._missed: dict[int, int] = {}  # by pid, children that ended before that: the entry of whom they came from, for their own children
         self._leaving: list[Member] = []  # begin to exit, or were let go; they may be seen once more, so their numbers are not free yet
@@ -180,8 +181,10 @@ class Governor:
 
     def attend(self) -> None:
         """The doorbell, or news of births and deaths."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.eventfd_read(self.doorbell)
+        except BlockingIOError:
+            pass  # it was not the doorbell
         records = self._ring.poll()
         if not records:
             self._missed.clear()  # all that they begot was heard of: it was in the ring before they were found to be gone
@@ -232,11 +235,15 @@ class Governor:
             self._alone_since_ns = self._alone_since_ns or now_ns
             if self._governed and now_ns - self._alone_since_ns > self._default_ns:
                 self._let_be()
-        self._sweep()
+        self._ticks += 1
+        if self._ticks % SWEEP_TICKS == 0:
+            self._sweep()
         self._bury()
 
     def _bury(self) -> None:
         """Numbers of those that are gone are free again. The kernel's side sees only ends on the enclave's CPUs, or of threads of its class."""
+        if not self._leaving:
+            return
         pids, staying = self._half.host["thread"]["pid"][0], []
         for member in self._leaving:
             if pids[member.number] and member.lives:
@@ -249,7 +256,7 @@ class Governor:
         self._leaving = staying
 
     def _sweep(self) -> None:
-        """A few members a tick: one whose end was not heard of (it ended while it joined, or hostd was held up for long) is no member any more."""
+        """A few members: one whose end was not heard of (it ended while it joined, or hostd was held up for long) is no member any more."""
         for _ in range(SWEEP):
             if (pid := next(self._round, None)) is None:
                 self._round = iter(list(self._threads))

@@ -21,8 +21,10 @@ from waveos.host.sched.half import CPUS
 from waveos.sched.records import PREEMPT
 
 OBJECT = Path(__file__).with_name("priority.bpf.o")
-ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "i4")])
+ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "u4")])
 ACTS = np.dtype([("n", "u8"), ("act", ACT, (CPUS,))])
+FIRST, WORDS = 2, 4
+"""Where the acts begin, and how long one is, in words of 4 bytes: they are read as such, at a tenth of what NumPy's records cost."""
 TAIL = 1
 
 
@@ -43,7 +45,7 @@ class Priority(Governor):
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
-            self._acts: Any = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(ACTS)[0]
+            self._acts = memoryview(self._bpf.section(".bss.acts")[: ACTS.itemsize].view(np.uint32))
             self._unsettle = self._bpf.program("unsettle")
             if self._bpf.program("prepare").run():
                 raise ConfigError("the kernel gave no timer to the mechanism 'priority'")
@@ -61,12 +63,11 @@ class Priority(Governor):
     def _enforce(self) -> None:
         """Move what is to be moved in the kernel's queue."""
         for at in range(self._attend.run()):
-            act = self._acts["act"][at]
-            pid = int(act["pid"])
-            if not self._holds(pid, int(act["tid"])):
+            kind, pid, cpu, tid = self._acts[FIRST + at * WORDS : FIRST + (at + 1) * WORDS]
+            if not self._holds(pid, tid):
                 continue
             with contextlib.suppress(OSError):  # it has ended, or may not any more: it runs as the kernel has it
-                if act["type"] != TAIL and len(self._cpus) > 1:
-                    attributes.set_affinity(pid, [int(act["cpu"])])
-                attributes.apply(pid, self._low if act["type"] == TAIL else self._high)
+                if kind != TAIL and len(self._cpus) > 1:
+                    attributes.set_affinity(pid, [cpu])
+                attributes.apply(pid, self._low if kind == TAIL else self._high)
                 attributes.apply(pid, self._member)

@@ -20,8 +20,8 @@ from waveos.jit import jit
 from waveos.primitives import LINE_WORDS, clock_ns, load, store
 
 CLOCK_MONOTONIC, TIMER_ABSTIME = 1, 1
-LOOK_NS = 20_000
-"""While no worker waits, the client looks that often; the workers have more to do than that."""
+LOOK_NS = 100_000
+"""While no worker waits, the client looks that often; the workers have more to do than that, and each look takes from who shares its CPU."""
 SETTLED_NS = 5_000
 """A worker that has become free so lately may not have blocked yet. Given a request then, it would go on with it in the place of those that are runnable:
 no scheduler would ever see it block."""

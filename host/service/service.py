@@ -62,15 +62,17 @@ class Service:
         self._await(lambda: bool(np.all(board.lines[:, 0])), 30.0)  # what an earlier load has left
         chosen = np.array([[0, board.workers]] * 2, np.int64) if groups is None else groups
         requests = board.requests[:n]
+        lines, words = board.lines.reshape(-1), requests.view(np.int64).reshape(n, -1)
+        send(lines, words, self.wakes, chosen, n, n, 0)  # sends nothing: compiles it, or loads what was compiled
         requests["key"], requests["sent_ns"], requests["done_ns"] = load.keys, 0, 0
         requests["intended_ns"] = load.at_ns + time.monotonic_ns() + 10_000_000
-        lines, words = board.lines.reshape(-1), requests.view(np.int64).reshape(n, -1)
         sent, until_ns = 0, int(requests["intended_ns"][-1]) + round(patience_s * 1e9) if n else 0
-        while sent < n and time.monotonic_ns() < until_ns:
-            sent = int(send(lines, words, self.wakes, chosen, sent, n, min(until_ns, time.monotonic_ns() + SLICE_NS)))
-            self._check()
-            if heard is not None:
-                heard()
+        with _sending():
+            while sent < n and time.monotonic_ns() < until_ns:
+                sent = int(send(lines, words, self.wakes, chosen, sent, n, min(until_ns, time.monotonic_ns() + SLICE_NS)))
+                self._check()
+                if heard is not None:
+                    heard()
         while not np.all(requests["done_ns"]) and time.monotonic_ns() < until_ns:
             time.sleep(0.005)
             self._check()
@@ -112,13 +114,22 @@ class Service:
 
 @contextlib.contextmanager
 def client_on(core: int) -> Iterator[None]:
-    """The calling thread as the client: on that CPU alone, woken before ordinary threads there, with no slack on its timers."""
-    affinity, policy, parameter = os.sched_getaffinity(0), os.sched_getscheduler(0), os.sched_getparam(0)
+    """The calling thread as the client: on that CPU alone."""
+    affinity = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, affinity)
+
+
+@contextlib.contextmanager
+def _sending() -> Iterator[None]:
+    """Woken before ordinary threads of its CPU, with no slack on its timers; only while it sends, as an agent shares that CPU and must be heard from."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     try:
         yield
     finally:
         os.sched_setscheduler(0, policy, parameter)
-        os.sched_setaffinity(0, affinity)

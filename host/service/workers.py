@@ -1,8 +1,9 @@
 """The worker processes: `python -m waveos.host.service.workers FOLDER --board FD --capacity N --core C FD...`, an eventfd a worker.
 
-A worker opens the database in FOLDER read-only and serves one request a wake-up: the eventfd's value is the request's number + 1. Outside RocksDB it does
-little: one system call, which blocks, and two clock-sized stores. The process that was started watches the workers; it ends them when its standard input
-closes, and they end with it however it ends.
+The process that was started opens the database in FOLDER read-only, and the workers are forked from it, as those of many servers are: what none of them
+writes, RocksDB's indices say, is one copy in memory and in the CPU's caches. A worker serves one request a wake-up: the eventfd's value is the request's
+number + 1. Outside RocksDB it does little: one system call, which blocks, and two clock-sized stores. The first process watches the workers; it ends them
+when its standard input closes, and they end with it however it ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -31,29 +33,26 @@ KEPT_BYTES = 1 << 25
 WARM_UP = 3
 
 
-def work(board: Board, number: int, wake: int, folder: str) -> None:
-    """Open the database, tell that the worker is ready, and serve until told to stop (a number beyond the board's capacity)."""
-    with rocksdb.open_read_only(folder) as database:
-        _populate(folder)
-        kept = _warm_up(database)
-        words: Any = memoryview(board.memory).cast("q")
-        mine, first, end = number * LINE_WORDS, board.workers * LINE_WORDS - REQUEST_WORDS, board.capacity
-        wait, clock, get, scan, key_for = os.eventfd_read, time.monotonic_ns, rocksdb.get, rocksdb.scan, rocksdb.key_for
-        gc.freeze()
-        gc.disable()
-        words[mine + PID], words[mine + FREE] = os.getpid(), clock()
-        while True:
-            ticket = wait(wake)
-            if ticket > end:
-                del kept
-                return
-            at = first + ticket * REQUEST_WORDS
-            key = words[at + KEY]
-            if key >= 0:
-                get(database, key_for(key))
-            else:
-                scan(database, key_for(-1 - key), rocksdb.RANGE_ENTRIES)
-            words[at + DONE_NS] = words[mine + FREE] = clock()
+def work(board: Board, number: int, wake: int, database: Any, folder: str) -> None:
+    """Tell that the worker is ready, and serve from the open database until told to stop (a number beyond the board's capacity)."""
+    _populate(folder)
+    kept = _warm_up(database)
+    words: Any = memoryview(board.memory).cast("q")
+    mine, first, end = number * LINE_WORDS, board.workers * LINE_WORDS - REQUEST_WORDS, board.capacity
+    wait, clock, get, scan, key_for = os.eventfd_read, time.monotonic_ns, rocksdb.get, rocksdb.scan, rocksdb.key_for
+    words[mine + PID], words[mine + FREE] = os.getpid(), clock()
+    while True:
+        ticket = wait(wake)
+        if ticket > end:
+            del kept
+            return
+        at = first + ticket * REQUEST_WORDS
+        key = words[at + KEY]
+        if key >= 0:
+            get(database, key_for(key))
+        else:
+            scan(database, key_for(-1 - key), rocksdb.RANGE_ENTRIES)
+        words[at + DONE_NS] = words[mine + FREE] = clock()
 
 
 def _populate(folder: str) -> None:
@@ -106,26 +105,44 @@ def main(arguments: list[str] | None = None) -> int:
     board = Board(len(options.wake), options.capacity, options.board)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; whoever started us closes standard input
     os.sched_setaffinity(0, {options.core})
-    parent, children = os.getpid(), {}
-    for number, wake in enumerate(options.wake):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_work(parent, board, number, wake, options.folder))
-        children[os.pidfd_open(pid)] = pid
-    ended = watch(children)
-    for pid in children.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    try:
+        with rocksdb.open_read_only(options.folder) as database:
+            ended = _look_after(_fork(board, options.wake, database, options.folder))
+    except (WaveError, OSError) as error:
+        ended = str(error)
     if ended:
         print(ended, file=sys.stderr)
     return 1 if ended else 0
 
 
-def _work(parent: int, board: Board, number: int, wake: int, folder: str) -> int:
+def _fork(board: Board, wakes: list[int], database: Any, folder: str) -> dict[int, int]:
+    """The workers, as `watch` wants them. They only read and never close the database, whose own threads are idle meanwhile: what they have of it is whole."""
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 and newer count those threads
+    gc.freeze()
+    gc.disable()
+    parent, children = os.getpid(), {}
+    for number, wake in enumerate(wakes):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_work(parent, board, number, wake, database, folder))
+        children[os.pidfd_open(pid)] = pid
+    return children
+
+
+def _look_after(children: dict[int, int]) -> str:
+    """Watch them, and end them. Why it came to that, if not by standard input."""
+    ended = watch(children)
+    for pid in children.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return ended
+
+
+def _work(parent: int, board: Board, number: int, wake: int, database: Any, folder: str) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         if os.getppid() == parent:
-            work(board, number, wake, folder)
+            work(board, number, wake, database, folder)
         return 0
     except (WaveError, OSError) as error:
         print(f"worker {number}: {error}", file=sys.stderr, flush=True)

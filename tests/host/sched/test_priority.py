@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from tests.host.sched.test_mechanism import place, runs, wait
 from waveos.host.kin import family
 from waveos.host.sched import attributes
 from waveos.host.sched.half import THREADS
+from waveos.host.sched.priority import FIRST, TAIL, WORDS
 from waveos.outcome import Outcome
 from waveos.sched.records import Message
 
@@ -170,7 +172,7 @@ def test_a_thread_that_was_let_go_is_not_put_on_its_cpu_any_more(enclave: Any) -
 def test_nobody_is_moved_but_a_member(enclave: Any, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mechanism, pid = enclave.mechanism, 0 if whose == "hostd" else enclave.worker(adopted=False).pid
     number = int(enclave.number(enclave.worker().pid))
-    mechanism._acts["act"][0] = (1, pid, 0, number)
+    mechanism._acts[FIRST : FIRST + WORDS] = array("I", (TAIL, pid, 0, number))
     monkeypatch.setattr(mechanism, "_attend", SimpleNamespace(run=lambda: 1))
     mechanism._enforce()
     assert os.sched_getscheduler(pid) == os.SCHED_OTHER
