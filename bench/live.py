@@ -3,7 +3,8 @@
 The workers are processes on the first CPU; on the second are the client, which sleeps between sends of an open-loop Poisson load, and what polls: the agent,
 or in the kernel's columns an ordinary process, so that both find the same machine. All schedulers get the same requests (equal seeds), in turns; a figure is
 the median over the rounds, its spread (smallest and largest) is in `spread`. Latencies count from when a request was to be sent. A window in which other
-programs took more than 5 % of the host CPU is repeated, twice at most, and the quietest counts; `noisy_share` says how many were noisy all the same.
+programs took more than 5 % of the host CPU is repeated, twice at most, and the quietest counts; `noisy_share` says how many were noisy all the same. Where
+the CPU itself was slow for a while (bench/live_watch.py), requests of that busy period are not in the latencies; `disturbed_share` says how many.
 
 saturation     the highest offered load whose backlog stays bounded: drained within 1 % of `saturation_s` after the last send
 at 70 %        of the saturation of the kernel's default
@@ -36,6 +37,7 @@ from numpy.typing import NDArray
 
 from waveos.bench import live_costs, live_prediction, live_schedulers
 from waveos.bench.live_schedulers import KERNEL, TUNED, WAVE, Enclave
+from waveos.bench.live_watch import Watch, watching
 from waveos.bench.live_window import Window, look_back, read_usage
 from waveos.bench.machine import describe_machine
 from waveos.cli.terminal import talk
@@ -46,8 +48,8 @@ from waveos.host.service import Service, client_on, draw_load
 
 OPTIONS = {
     "seed": (1, "seed of all loads"),
-    "rounds": (5, "interleaved rounds at 70 % load; figures are medians over them"),
-    "seconds": (4.0, "length of a round"),
+    "rounds": (15, "interleaved rounds at 70 % load; figures are medians over them"),
+    "seconds": (1.0, "length of a round"),
     "saturation_s": (20.0, "length of a window of the search for saturation"),
     "workers": (64, "worker processes: enough that a request seldom waits for one"),
     "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
@@ -57,6 +59,7 @@ BTF = Path("/sys/kernel/btf/vmlinux")
 RANGE_SHARE = 0.005
 LOAD_SHARE = 0.7
 PREDICTED_SHARES = (0.3, 0.6, 0.8)
+PREDICTED_ROUNDS = 7
 MOST_PER_S = 150_000
 """What the board has room for; no interpreter serves that many."""
 FIGURES = (
@@ -70,6 +73,7 @@ FIGURES = (
     "busy_share",
     "foreign_share",
     "stolen_share",
+    "disturbed_share",
 )
 QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 DRAWN = 200_000
@@ -104,8 +108,8 @@ class Plan:
 
 def run(
     seed: int = 1,
-    rounds: int = 5,
-    seconds: float = 4.0,
+    rounds: int = 15,
+    seconds: float = 1.0,
     saturation_s: float = 20.0,
     workers: int = 64,
     quantum_us: float = 200.0,
@@ -147,16 +151,17 @@ def begin(plan: Plan) -> Iterator[Bench]:
     with (
         rocksdb.database() as folder,
         Service(folder, workers=plan.workers, core=plan.host_core, capacity=capacity) as service,
+        watching(plan.host_core) as watch,
         client_on(plan.agent_core),
     ):
-        yield Bench(plan, service, machine)
+        yield Bench(plan, service, watch, machine)
 
 
 class Bench:
     """One run."""
 
-    def __init__(self, plan: Plan, service: Service, machine: dict[str, object]) -> None:
-        self.plan, self.service, self.machine = plan, service, machine
+    def __init__(self, plan: Plan, service: Service, watch: Watch, machine: dict[str, object]) -> None:
+        self.plan, self.service, self.watch, self.machine = plan, service, watch, machine
         self.told: list[dict[str, Any]] = []  # by hostd, a window of Wave's
         self.noisy: list[bool] = []  # whether a window was, by number
 
@@ -164,7 +169,7 @@ class Bench:
         plan = self.plan
         talk(f"live: at most some {expected_s(plan) / 60:.0f} minutes if the machine is quiet; lines say how many have passed")
         _tell(plan, "measuring costs one by one")
-        costs = live_costs.measure(self.service, plan.host_core, plan.agent_core, plan.seed)
+        costs = live_costs.measure(self.service, self.watch, plan.host_core, plan.agent_core, plan.seed)
         _tell(plan, "saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
@@ -216,7 +221,8 @@ class Bench:
             load = draw_load(rate_per_s, round(seconds * 1e9), RANGE_SHARE, rocksdb.ENTRIES, rocksdb.RANGE_ENTRIES, seed)
             before = read_usage(service.pids, plan.host_core, own)
             served = service.serve(load, groups)
-            return look_back(served, before, read_usage(service.pids, plan.host_core, own))
+            slow_ns = self.watch.slow(int(served.intended_ns[0]), int(max(served.intended_ns[-1], served.done_ns.max())))
+            return look_back(served, before, read_usage(service.pids, plan.host_core, own), slow_ns)
 
         own: list[int] = []
         if name == WAVE:
@@ -267,7 +273,7 @@ class Bench:
             return {}
         _tell(plan, "hackbench with and without hostd")
         times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(min(5, plan.rounds, 2 * plan.tries - 1)):
+        for _ in range(min(5, plan.rounds)):
             with live_schedulers.polling(plan.agent_core):
                 times[False].append(_hackbench_s(plan.host_core))
             with Enclave(self.service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}):
@@ -298,7 +304,7 @@ class Bench:
             for share in plan.shares:
                 rate = share * saturations[name]
                 _tell(plan, f"{name} measured and predicted at {rate:,.0f} requests/s")
-                measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, plan.tries))])
+                measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, PREDICTED_ROUNDS))])
                 predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
                 for key, value in predicted.items():
                     metrics[f"predicted_{name}_{key}_{share * 100:.0f}"] = value
@@ -310,7 +316,7 @@ class Bench:
 
 def expected_s(plan: Plan) -> float:
     """How long it takes at most, where no window is repeated for noise: the searches' windows are most of it, and a search mostly ends sooner."""
-    rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, plan.tries)
+    rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, PREDICTED_ROUNDS)
     windows = rounds * (2 + len(plan.tuned)) + 2 + 2 * predicted
     enclaves = rounds + 3 + predicted + 2 * plan.tries
     return COSTS_S + windows * (plan.seconds + 0.5) + 3 * plan.probes * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S

@@ -1,8 +1,9 @@
 """What the emulator is told of this machine, each figure from an experiment of its own that has no scheduling in it.
 
-service    a burst of requests, all workers SCHED_FIFO: each runs to its end in turn, and the time between two completions is the whole of what a request
-           takes on the host CPU: the switch to its worker, the system call, RocksDB, and blocking, with the caches as other workers leave them
+service    a burst of requests, the workers SCHED_FIFO: each runs to its end in turn, and the time between two completions is the whole of what a request
+           takes on the host CPU: the switch to its worker, the system call, RocksDB, and blocking. GETs by three workers, whose caches stay warm, RANGEs by all
            once more with hostd and an agent whose quantum never ends: what telling the agent of every switch costs is in Wave's times, nothing else of Wave
+cold       the same GETs by 5, 9, 17, ... workers in turn: what one takes longer for the others that have had the CPU and its caches meanwhile
 lateness   requests 60 us and more apart: sent, after it was to be sent
 idle wake  the same: done, after it was sent, less the service: a CPU that has just fallen asleep is woken, and has cooled a little
 switch     a byte to and fro between two processes of one CPU, less the calls
@@ -22,13 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waveos.bench.live_schedulers import Enclave, polling
+from waveos.bench.live_watch import Watch, find_disturbed
 from waveos.bench.live_window import GAP_NS, quantiles_us
 from waveos.host import rocksdb
 from waveos.host.sched import attributes
 from waveos.host.sched.attributes import Attributes
-from waveos.host.service import Load, Service, draw_load
+from waveos.host.service import Load, Served, Service, draw_load
 
 BURST, BURST_PER_S = 60_000, 200_000.0
+WARM = 3
+"""Workers: with two the client sometimes finds neither."""
+TURNS = 12_000
+"""GETs of one point of the curve `cold`."""
 APART, APART_NS, APART_JITTER_NS = 15_000, 60_000, 20_000
 TRAINS, TRAIN_NS, WAGONS, WAGON_NS = 80, 4_000_000, 10, 60_000
 PINGS = 3_000
@@ -41,10 +47,11 @@ CLOCK_MONOTONIC_COARSE = 6
 class Costs:
     """All in ns. Samples are of single requests."""
 
-    get_ns: NDArray[np.int64]  # host CPU time of one GET, switches included
+    get_ns: NDArray[np.int64]  # host CPU time of one GET, switches included, with warm caches
     range_ns: NDArray[np.int64]
     wave_get_ns: NDArray[np.int64]  # the same in an enclave
     wave_range_ns: NDArray[np.int64]
+    cold_ns: tuple[int, ...]  # what a GET takes longer after up to 1, 2, 4, ... turns of others
     late_ns: NDArray[np.int64]
     wake_ns: float  # an idle CPU, until the woken thread runs
     switch_ns: float
@@ -56,7 +63,7 @@ class Costs:
     @property
     def capacity_per_s(self) -> float:
         """Requests that the CPU could serve if it did nothing else, 0.5 % of them RANGEs as in every load here."""
-        return 1e9 / (0.995 * float(self.get_ns.mean()) + 0.005 * float(self.range_ns.mean()))
+        return 1e9 / (0.995 * (float(self.get_ns.mean()) + self.cold_ns[-1]) + 0.005 * float(self.range_ns.mean()))
 
     def metrics(self) -> dict[str, float]:
         """For the benchmark's result."""
@@ -64,6 +71,7 @@ class Costs:
         return {
             "cost_get_p50_us": get[0],
             "cost_get_mean_us": float(self.get_ns.mean()) / 1_000,
+            "cost_cold_us": self.cold_ns[-1] / 1_000,
             "cost_range_p50_us": ranges[0],
             "cost_wave_get_p50_us": quantiles_us(self.wave_get_ns)[0],
             "cost_wave_get_mean_us": float(self.wave_get_ns.mean()) / 1_000,
@@ -80,15 +88,18 @@ class Costs:
         return str(__doc__)
 
 
-def measure(service: Service, host_core: int, client_core: int, seed: int) -> Costs:
+def measure(service: Service, watch: Watch, host_core: int, client_core: int, seed: int) -> Costs:
     """All costs; the caller is the client and on its core."""
     with _real_time(service), polling(client_core):
         service.serve(_apart(200, seed))  # compiles, and touches everything once
-        gets, ranges = _service(service, seed)
-        apart = service.serve(_apart(APART, seed))
+        gets, _ = _service(service, watch, seed, WARM)
+        _, ranges = _service(service, watch, seed)
+        cold = _cold(service, watch, seed)
+        apart = _quiet(service.serve(_apart(APART, seed)), watch)
         longer = _interrupted(service)
     with Enclave(service, host_core, client_core, {"quantum_us": NEVER_US}):
-        wave_gets, wave_ranges = _service(service, seed)
+        wave_gets, _ = _service(service, watch, seed, WARM)
+        _, wave_ranges = _service(service, watch, seed)
     late = apart.sent_ns - apart.intended_ns
     waking = float(np.median(apart.done_ns - apart.sent_ns)) - float(np.median(gets))
     with polling(client_core):
@@ -97,7 +108,7 @@ def measure(service: Service, host_core: int, client_core: int, seed: int) -> Co
     usual = attributes.usual_slice_ns()
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
     interrupt = longer - float(gets.mean()) - switch
-    return Costs(gets, ranges, wave_gets, wave_ranges, late, max(1.0, waking), max(1.0, switch), max(0.0, interrupt), usual, tick, across)
+    return Costs(gets, ranges, wave_gets, wave_ranges, cold, late, max(1.0, waking), max(1.0, switch), max(0.0, interrupt), usual, tick, across)
 
 
 @contextlib.contextmanager
@@ -117,16 +128,34 @@ def _apart(n: int, seed: int) -> Load:
     return Load(np.arange(n) * APART_NS + random.integers(0, APART_JITTER_NS, n), random.integers(0, rocksdb.ENTRIES, n))
 
 
-def _service(service: Service, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Times between completions while there is always a request, by the class of the one that ends."""
-    load = draw_load(BURST_PER_S, round(BURST / BURST_PER_S * 1e9), 0.005, rocksdb.ENTRIES, rocksdb.RANGE_ENTRIES, seed)
-    served = service.serve(load, patience_s=10.0)
+def _quiet(served: Served, watch: Watch) -> Served:
+    """What was served while the host CPU was itself."""
+    kept = ~find_disturbed(served, watch.slow(int(served.intended_ns[0]), int(served.done_ns.max())))
+    return Served(served.is_range[kept], served.intended_ns[kept], served.sent_ns[kept], served.done_ns[kept])
+
+
+def _service(service: Service, watch: Watch, seed: int, workers: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Times between completions while there is always a request, of GETs and RANGEs; with some of the workers only GETs, fewer, and RANGEs that are none."""
+    requests, range_share = (TURNS, 0.0) if workers else (BURST, 0.005)
+    load = draw_load(BURST_PER_S, round(requests / BURST_PER_S * 1e9), range_share, rocksdb.ENTRIES, rocksdb.RANGE_ENTRIES, seed)
+    served = service.serve(load, np.array([[0, workers or len(service.pids)]] * 2, np.int64), patience_s=10.0)
     order = np.argsort(served.done_ns)
     order = order[len(order) // 20 : -2 * len(service.pids)]  # the beginning warms up, the end runs dry
-    took = np.diff(served.done_ns[order])
+    done_ns = served.done_ns[order]
+    took, at_ns = np.diff(done_ns), done_ns[1:]
     ours = took < GAP_NS  # longer: the CPU was not ours, which is told as throttled
+    for begin_ns, end_ns in watch.slow(int(done_ns[0]), int(done_ns[-1])):
+        ours &= (at_ns < begin_ns) | (at_ns > end_ns)
     took, is_range = took[ours], served.is_range[order][1:][ours]
     return took[~is_range].astype(np.int64), took[is_range].astype(np.int64)
+
+
+def _cold(service: Service, watch: Watch, seed: int) -> tuple[int, ...]:
+    """`Costs.cold_ns`: by workers that take turns, 2**k of others to each."""
+    counts = [WARM] + [min(2**k + 1, len(service.pids)) for k in range(2, len(service.pids).bit_length())]
+    means = np.array([float(_service(service, watch, seed, count)[0].mean()) for count in counts])
+    longer = np.maximum.accumulate(means - means[0])
+    return 0, *(round(each) for each in longer)
 
 
 def _interrupted(service: Service) -> float:

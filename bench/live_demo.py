@@ -35,7 +35,7 @@ def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
     host_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
     plan = live.Plan(seed, rounds, seconds, seconds, 0, 2, (), (), WORKERS, QUANTUM_US, host_core, agent_core)
     with live.begin(plan) as bench:
-        costs = live_costs.measure(bench.service, host_core, agent_core, seed)
+        costs = live_costs.measure(bench.service, bench.watch, host_core, agent_core, seed)
         rate = LOAD_SHARE * costs.capacity_per_s
         windows: dict[str, list[Any]] = {KERNEL: [], WAVE: []}
         for number in range(rounds):

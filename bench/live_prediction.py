@@ -39,6 +39,7 @@ def host_profile(costs: Costs) -> HostProfile:
         interrupt_ns=round(costs.interrupt_ns),
         tick_period_us=costs.tick_ns // 1_000,
         tick_ns=assumed.tick_ns,
+        cold_ns=costs.cold_ns,
     )
 
 

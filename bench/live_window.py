@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from waveos.bench.live_watch import find_disturbed
 from waveos.host.service import Served
 
 GAP_NS = 20_000_000
 """A worker core that has requests and finishes none for so long was not ours: no request takes a tenth of that. Throttled, a real-time thread waits 50 ms."""
 WARMUP_SHARE = 0.1
+NEVER = np.zeros((0, 2), np.int64)
 TICK_S = 0.01
 """Unit of /proc/stat (USER_HZ)."""
 
@@ -36,6 +39,7 @@ class Window:
     busy_share: float  # of the host CPU, by the workers
     foreign_share: float  # of the host CPU, by others: the machine's noise
     stolen_share: float  # of the host CPU, by the hypervisor
+    disturbed_share: float  # of the requests, those that are left out of the figures of time: the CPU was slow in their busy period
     switches: float  # of a worker onto the CPU, a request
 
 
@@ -72,13 +76,16 @@ def _ran(pids: Iterable[int]) -> tuple[int, int]:
     return ran, switches
 
 
-def look_back(served: Served, before: Usage, after: Usage) -> Window:
-    """The figures of a load that was served between two readings of the usage."""
+def look_back(served: Served, before: Usage, after: Usage, slow_ns: NDArray[np.int64] = NEVER) -> Window:
+    """The figures of a load that was served between two readings of the usage; `slow_ns`, [n, 2]: when the host CPU was slow, from and to."""
     first, last = int(served.intended_ns[0]), int(served.intended_ns[-1])
     length_ns = last - first
     done = served.done_ns > 0
     end_ns = int(served.done_ns.max()) if done.any() else last
     counted = served.intended_ns >= first + WARMUP_SHARE * length_ns
+    disturbed = find_disturbed(served, slow_ns)
+    if not disturbed[counted].all():
+        counted &= ~disturbed
     sojourn = np.where(done, served.done_ns - served.intended_ns, np.inf)
     late = np.where(served.sent_ns > 0, served.sent_ns - served.intended_ns, np.inf)
     in_window = done & (served.done_ns >= first) & (served.done_ns <= last)
@@ -101,6 +108,7 @@ def look_back(served: Served, before: Usage, after: Usage) -> Window:
         busy_share=workers_s / wall_s,
         foreign_share=max(0.0, (after.cpu_s - before.cpu_s - workers_s - (after.own_ns - before.own_ns) * 1e-9) / wall_s),
         stolen_share=(after.stolen_s - before.stolen_s) / wall_s,
+        disturbed_share=float(disturbed.mean()),
         switches=(after.switches - before.switches) / max(1, int(done.sum())),
     )
 

@@ -100,6 +100,9 @@ class HostProfile(_Table):
     interrupt_ns: Ns
     tick_period_us: Annotated[int, Field(ge=0)]
     tick_ns: Ns
+    cold_ns: Annotated[tuple[Ns, ...], Field(max_length=12)] = ()
+    """What a thread takes longer for others that have run on its CPU since it did: after up to 1, 2, 4, ... turns of theirs; of more, or after another CPU, the
+    last. Empty: switch_ns is all."""
 
     @model_validator(mode="after")
     def _ticks_leave_time(self) -> HostProfile:

@@ -181,10 +181,8 @@ class Governor:
 
     def attend(self) -> None:
         """The doorbell, or news of births and deaths."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.doorbell)
-        except BlockingIOError:
-            pass  # it was not the doorbell
         records = self._ring.poll()
         if not records:
             self._missed.clear()  # all that they begot was heard of: it was in the ring before they were found to be gone

@@ -102,8 +102,8 @@ class Half:
         self.messages = bpf.section(".bss.messages").view(np.int64)
         self.txns = bpf.section(".bss.txns").view(np.int64)
         at = HOST.fields["live"][1]  # type: ignore[index]
-        self._signs = memoryview(table)[at : at + 2]  # `live` and `lost`
-        self._words = memoryview(self.txns)  # what every tick reads costs a tenth without NumPy
+        self._signs = table.data[at : at + 2]  # `live` and `lost`
+        self._words = self.txns.data  # what every tick reads costs a tenth without NumPy
         self._replay = Replay(0, THREADS)
         self._joined = False
         self._start, self._stop, self._resync = (bpf.program(name) for name in ("start", "stop", "resync"))

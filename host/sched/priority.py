@@ -45,7 +45,7 @@ class Priority(Governor):
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
-            self._acts = memoryview(self._bpf.section(".bss.acts")[: ACTS.itemsize].view(np.uint32))
+            self._acts = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(np.uint32).data
             self._unsettle = self._bpf.program("unsettle")
             if self._bpf.program("prepare").run():
                 raise ConfigError("the kernel gave no timer to the mechanism 'priority'")

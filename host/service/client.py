@@ -20,8 +20,9 @@ from waveos.jit import jit
 from waveos.primitives import LINE_WORDS, clock_ns, load, store
 
 CLOCK_MONOTONIC, TIMER_ABSTIME = 1, 1
-LOOK_NS = 100_000
-"""While no worker waits, the client looks that often; the workers have more to do than that, and each look takes from who shares its CPU."""
+LOOK_NS = 1_500
+"""While no worker waits, the client looks that often, for each that there is: together they have more to do than that, and each look takes from who shares
+its CPU."""
 SETTLED_NS = 5_000
 """A worker that has become free so lately may not have blocked yet. Given a request then, it would go on with it in the place of those that are runnable:
 no scheduler would ever see it block."""
@@ -72,7 +73,7 @@ def _wake(_context: Any, _fd: Any, _value: Any) -> Any:
 
 
 @intrinsic
-def _sleep_until(_context: Any, _at_ns: Any) -> Any:
+def sleep_until(_context: Any, _at_ns: Any) -> Any:
     """clock_nanosleep(2) until CLOCK_MONOTONIC is there; a signal ends it early."""
 
     def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
@@ -101,7 +102,7 @@ def send(lines: Any, requests: Any, wakes: Any, groups: Any, begin: int, end: in
         if now >= until_ns:
             return i
         if due > now:
-            _sleep_until(min(due, until_ns))
+            sleep_until(min(due, until_ns))
             continue
         kind = 1 if requests[i, KEY] < 0 else 0
         worker, latest = -1, 0
@@ -110,7 +111,7 @@ def send(lines: Any, requests: Any, wakes: Any, groups: Any, begin: int, end: in
             if latest < since <= now - SETTLED_NS:
                 worker, latest = each, since
         if worker < 0:
-            _sleep_until(now + LOOK_NS)
+            sleep_until(now + LOOK_NS * groups[kind, 1])
             continue
         store(lines, worker * LINE_WORDS, 0)
         requests[i, SENT_NS] = now

@@ -22,7 +22,7 @@ from waveos.ipu_emulator.clock import NEVER, reset_clock
 from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.ipu_emulator.sched import fair
 from waveos.ipu_emulator.sched.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
-from waveos.ipu_emulator.sched.machine import BACKLOG, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
+from waveos.ipu_emulator.sched.machine import BACKLOG, COLD, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.sched.laws import BLOCKED, failure, make_runtime
@@ -170,6 +170,7 @@ class Simulation:
         m["cost"], m["cpus"], m["threads"], m["up_cap"], m["backlog_cap"] = costs[0], cpus, setup.threads, setup.queue, setup.backlog
         m["warmup_ns"], m["stop_ns"] = setup.warmup_ns, setup.warmup_ns + setup.duration_ns
         m["end_ns"] = int((setup.warmup_ns + setup.duration_ns) * (1 + _DRAIN_SHARE))
+        m["cold_ns"], m["cost"]["cold"] = self._cold()
         m["mean_gap_ns"] = NS_PER_S / setup.load_per_s if setup.load_per_s else 0.0
         m["streams"] = seed_streams(setup.seed)
         m["cpu"]["tid"] = -1
@@ -219,6 +220,12 @@ class Simulation:
             raise ConfigError(
                 f"a message queue of {setup.queue}; it must hold the host's state, {4 + 2 * setup.workers + 2 * setup.threads}, and at most {UP}"
             )
+
+    def _cold(self) -> tuple[list[int], int]:
+        """The host's `cold_ns`, the last of them for all that come after it; and whether there are any."""
+        host = load_host(self.setup.host) if isinstance(self.setup.host, str) else self.setup.host
+        steps = list(host.cold_ns) or [0]
+        return steps + steps[-1:] * (COLD - len(steps)), int(any(steps))
 
     def _costs(self) -> tuple[np.ndarray[Any, Any], bool]:
         setup = self.setup

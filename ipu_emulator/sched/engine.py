@@ -18,7 +18,7 @@ from numba import carray
 from waveos.histogram import count_ns
 from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, exponential
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
-from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
+from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, COLD, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
 from waveos.jit import as_pointer, jit, jit_inline
 from waveos.outcome import Outcome
 from waveos.record import VERSION
@@ -372,6 +372,21 @@ def _drop_down(m: Any, cpu: int, index: int) -> None:
     c.down_n -= 1
 
 
+@jit
+def _cold_ns(m: Any, cpu: int, tid: int) -> int:
+    """What the thread takes longer because others have had the CPU, and its caches, since; its turn begins."""
+    c, t = m.cpu[cpu], m.thread[tid]
+    others, step = c.turns - t.turn, COLD - 1
+    if t.on == cpu:
+        step = 0
+        while step < COLD - 1 and 1 << step < others:
+            step += 1
+    cold_ns = 0 if t.on == cpu and others == 0 else m.cold_ns[step]
+    c.turns += 1
+    t.on, t.turn = cpu, c.turns
+    return cold_ns
+
+
 @jit_inline
 def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     """Commit: the thread goes onto the CPU. `at_ns`: the check is done, the report is not."""
@@ -383,8 +398,11 @@ def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     now = _send_outcome(m, txn, COMMITTED, cpu, at_ns - txn.time_ns, at_ns)
     now += cost.flush_ns
     m.link_stall_ns += now - at_ns
-    now += cost.switch_ns
-    m.switch_ns += cost.switch_ns
+    switch_ns = cost.switch_ns
+    if cost.cold:
+        switch_ns += _cold_ns(m, cpu, txn.tid)
+    now += switch_ns
+    m.switch_ns += switch_ns
     m.switches += 1
     m.committed += 1
     c.tid, c.state, c.start_ns, c.free_ns, c.left_ns, c.ran_before_ns = txn.tid, BUSY, now, now, t.work_ns, t.ran_ns

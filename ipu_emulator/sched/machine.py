@@ -41,6 +41,7 @@ COSTS = np.dtype(
             "kick_send_ns",
             "kick_wire_ns",
             "kick_receive_ns",
+            "cold",  # whether cold_ns holds anything
             "message_ns",  # the policy's own service time for a message, on the agent's core
             "inline",  # the policy runs in the kernel, on the CPU that calls it: no agent, no link
         )
@@ -48,10 +49,14 @@ COSTS = np.dtype(
     align=True,
 )
 
+COLD = 12
+"""Steps of `cold_ns`: step k is for up to 2**k turns of others on the CPU since the thread's own last one."""
+
 HOST_CPU = np.dtype(
     [
         ("tid", "i4"),  # the thread it runs or switches to, -1: none
         ("seq", "u4"),
+        ("turns", "i8"),  # how often a thread was put onto it
         ("state", "i8"),
         ("start_ns", "i8"),  # the thread computes from here; before, the CPU is in the kernel
         ("left_ns", "i8"),  # of the thread's work at start_ns
@@ -71,6 +76,8 @@ HOST_THREAD = np.dtype(
         ("ran_ns", "i8"),
         ("deadline_ns", "i8"),
         ("request", "i8"),
+        ("on", "i8"),  # the CPU that it ran on last,
+        ("turn", "i8"),  # and which turn that was there
         ("state", "u1"),  # as in laws: BLOCKED, RUNNABLE, RUNNING
         ("request_class", "u1"),
         ("qos", "u1"),
@@ -129,6 +136,7 @@ MACHINE = np.dtype(
         ("trace_until_ns", "i8"),
         ("record_n", "i8"),
         ("cost", COSTS),
+        ("cold_ns", "i8", (COLD,)),
         ("streams", "u8", (STREAMS,)),
         ("class_count", "i8"),
         ("samples_at", "i8"),  # addresses of arrays whose length is not fixed, and the lengths:

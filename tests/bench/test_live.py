@@ -26,7 +26,8 @@ def served(intended: list[int], done: list[int], is_range: list[bool] | None = N
 
 
 def costs(**changes: object) -> Costs:
-    plain = Costs(*(np.array([each]) for each in (7_000, 750_000, 7_500, 760_000, 9_000)), 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
+    get, ranges, wave_get, wave_range, late = (np.array([each]) for each in (7_000, 750_000, 7_500, 760_000, 9_000))
+    plain = Costs(get, ranges, wave_get, wave_range, (0,), late, 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 

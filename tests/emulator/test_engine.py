@@ -600,3 +600,25 @@ def test_a_cpus_queue_never_takes_more_decisions_than_it_holds(tmp_path):
         if simulation.machine["events"][0] > 20_000:
             break
     assert most <= simulation.machine["down"].shape[2]
+
+
+# ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sojourns(steps, *arrivals):
+    """Of requests of 10 us one after another on one CPU, ns, where others cost a thread so much of its caches."""
+    host = load_host("ideal").model_copy(update={"cold_ns": steps})
+    trace = requests(*((at, 10_000, 0) for at in arrivals))
+    setup = Setup("fifo", 0.0, (GET,), placement="kernel", workers=1, threads=8, host=host, arrivals=trace, samples=99, duration_ns=1_000_000)
+    return [int(each) for each in simulate(setup).samples["sojourn_ns"]]
+
+
+def test_a_thread_that_has_had_the_cpu_last_finds_its_caches_warm():
+    assert sojourns((1_000, 4_000), 10, 100_000, 200_000) == [10_000, 10_000, 10_000]
+
+
+def test_each_turn_of_others_cools_a_threads_caches_by_the_steps_of_the_host():
+    warm = sojourns((), *[10] * 4, *[200_000] * 4)
+    cold = sojourns((1_000, 4_000), *[10] * 4, *[200_000] * 4)
+    extra = np.diff([0, *np.subtract(cold, warm)[:4]]), np.diff([0, *np.subtract(cold, warm)[4:]])
+    assert [each.tolist() for each in extra] == [[0, 1_000, 4_000, 4_000], [0, 4_000, 4_000, 4_000]]  # the one that was last comes first
