@@ -36,7 +36,7 @@ WARM = 3
 TURNS = 12_000
 """GETs of one point of the curve `cold`."""
 APART, APART_NS, APART_JITTER_NS = 15_000, 60_000, 20_000
-TRAINS, TRAIN_NS, WAGONS, WAGON_NS = 80, 4_000_000, 10, 60_000
+TRAINS, TRAIN_NS, WAGONS, WAGON_NS = 160, 4_000_000, 10, 60_000
 PINGS = 3_000
 NEVER_US = 10_000_000.0
 CLOCK_MONOTONIC_COARSE = 6
@@ -95,13 +95,14 @@ def measure(service: Service, watch: Watch, host_core: int, client_core: int, se
         gets, _ = _service(service, watch, seed, WARM)
         _, ranges = _service(service, watch, seed)
         cold = _cold(service, watch, seed)
-        apart = _quiet(service.serve(_apart(APART, seed)), watch)
-        longer = _interrupted(service)
+        apart = service.serve(_apart(APART, seed))
+        quiet = _quiet(apart, watch)
+        longer = _interrupted(service, watch)
     with Enclave(service, host_core, client_core, {"quantum_us": NEVER_US}):
         wave_gets, _ = _service(service, watch, seed, WARM)
         _, wave_ranges = _service(service, watch, seed)
-    late = apart.sent_ns - apart.intended_ns
-    waking = float(np.median(apart.done_ns - apart.sent_ns)) - float(np.median(gets))
+    late = (apart.sent_ns - apart.intended_ns)[quiet]
+    waking = float(np.median((apart.done_ns - apart.sent_ns)[quiet])) - float(np.median(gets))
     with polling(client_core):
         switch = _ping(host_core, host_core) / 2 - _calls()
         across = _ping(host_core, client_core)
@@ -128,10 +129,9 @@ def _apart(n: int, seed: int) -> Load:
     return Load(np.arange(n) * APART_NS + random.integers(0, APART_JITTER_NS, n), random.integers(0, rocksdb.ENTRIES, n))
 
 
-def _quiet(served: Served, watch: Watch) -> Served:
-    """What was served while the host CPU was itself."""
-    kept = ~find_disturbed(served, watch.slow(int(served.intended_ns[0]), int(served.done_ns.max())))
-    return Served(served.is_range[kept], served.intended_ns[kept], served.sent_ns[kept], served.done_ns[kept])
+def _quiet(served: Served, watch: Watch) -> NDArray[np.bool_]:
+    """Which requests were served while the host CPU was itself."""
+    return ~find_disturbed(served, watch.slow(int(served.intended_ns[0]), int(served.done_ns.max())))
 
 
 def _service(service: Service, watch: Watch, seed: int, workers: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -158,21 +158,20 @@ def _cold(service: Service, watch: Watch, seed: int) -> tuple[int, ...]:
     return 0, *(round(each) for each in longer)
 
 
-def _interrupted(service: Service) -> float:
-    """What a GET of a higher priority in its midst adds to a RANGE, ns."""
+def _interrupted(service: Service, watch: Watch) -> float:
+    """What a GET of a higher priority in its midst adds to a RANGE, ns: every other RANGE has some, so that both kinds meet the same machine."""
     half = len(service.pids) // 2
     groups = np.array([[0, half], [half, len(service.pids) - half]], np.int64)
     for pid in service.pids[:half]:
         attributes.write(pid, Attributes("FIFO", priority=2))
-    medians = []
-    for wagons in (0, WAGONS):
-        starts = np.arange(TRAINS)[:, None] * TRAIN_NS
-        at_ns = np.concatenate([starts, starts + WAGON_NS * np.arange(1, wagons + 1)], axis=1)
-        keys = np.tile(np.arange(TRAINS)[:, None] * 1_000, 1 + wagons)
-        keys[:, 0] = -1 - keys[:, 0]
-        served = service.serve(Load(at_ns.reshape(-1), keys.reshape(-1)), groups)
-        medians.append(float(np.median((served.done_ns - served.sent_ns)[served.is_range])))
-    return (medians[1] - medians[0]) / WAGONS
+    starts, wagons = np.arange(TRAINS) * TRAIN_NS, np.arange(1, WAGONS + 1) * WAGON_NS
+    gets_ns = (starts[1::2, None] + wagons).reshape(-1)
+    at_ns, keys = np.concatenate([starts, gets_ns]), np.concatenate([-1 - 1_000 * np.arange(TRAINS), 1_000 * np.arange(len(gets_ns))])
+    order = np.argsort(at_ns, kind="stable")
+    served = service.serve(Load(at_ns[order], keys[order]), groups)
+    ranges = served.is_range & _quiet(served, watch)
+    took, has_gets = (served.done_ns - served.sent_ns)[ranges], at_ns[order][ranges] // TRAIN_NS % 2 == 1
+    return float(np.median(took[has_gets]) - np.median(took[~has_gets])) / WAGONS
 
 
 def _ping(here: int, there: int) -> float:

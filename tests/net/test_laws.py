@@ -178,6 +178,30 @@ def test_a_request_that_a_policy_does_not_hold_stops_it_with_one_line(tmp_path: 
     assert "request 5, which is already steered" in str(failure(host.runtime, host.bound))
 
 
+DEPTH = """
+from waveos import net
+from waveos.policy import Policy
+
+class Depth(Policy, subsystem=net, name="depth-test"):
+    def request_arrived(self, msg, txns):
+        net.steer(txns, msg.request, net.depth(txns, msg.size))
+"""
+
+
+@pytest.mark.parametrize("jit", ["0", "1"])
+def test_the_depth_of_a_worker_that_is_none_is_told_and_not_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jit: str) -> None:
+    monkeypatch.setenv("WAVE_JIT", jit)
+    (tmp_path / "depth.py").write_text(DEPTH)
+    for worker in (2, 63):
+        host = FakeHost(str(tmp_path / "depth.py"), workers=2)
+        host.arrive(0, size=1)
+        host.settle()
+        assert host.at == {0: 0}
+        host.arrive(1, size=worker)
+        host.settle()
+        assert "IndexError: depth of a worker that is none; workers are 0..self.cpus - 1 (" in str(failure(host.runtime, host.bound))
+
+
 def test_a_worker_that_is_gone_gets_nothing(tmp_path: Path) -> None:
     host = FakeHost("jbsq", workers=2)
     host.say("worker_gone", worker=0)

@@ -99,6 +99,21 @@ def test_an_init_that_nobody_would_call_is_refused_with_its_line(refuse):
     assert told.startswith("FILE:6: policy 'mine' has an __init__, which nobody calls; declare state in the class")
 
 
+@pytest.mark.parametrize("again", ["runq = ring(9)", "runq: Param = 9", "def runq(self, msg, txns):\n    pass"])
+def test_what_is_declared_twice_is_refused_with_both_lines(refuse, again):
+    told = refuse(mine("runq = ring(8)\n" + IDLE + again + "\n"))
+    assert told == "FILE:7: 'runq' is declared in line 4 too; only the last would be there: rename one"
+
+
+def test_a_handler_that_is_there_twice_is_refused_with_both_lines(refuse):
+    assert refuse(mine(IDLE + IDLE)).startswith("FILE:6: 'cpu_idle' is declared in line 4 too; ")
+
+
+def test_a_parameter_may_get_its_value_in_another_line(tmp_path):
+    (tmp_path / "mine.py").write_text(mine("quantum_us: Param\nquantum_us = 7\n" + IDLE))
+    assert load_policy(str(tmp_path / "mine.py")).params == {"quantum_us": 7}
+
+
 @pytest.mark.parametrize("name", ["cpus", "bind", "name", "handlers", "params", "start"])
 def test_state_or_a_parameter_of_a_name_that_is_taken_is_refused_with_its_line(refuse, name):
     assert refuse(mine(f"{name} = ring(8)\n" + IDLE)).startswith(

@@ -210,7 +210,7 @@ class TestWorkersThatCannotBe:
         )
         raised, message = dispatch(bound, type=ARRIVED)
         assert raised
-        assert bound.explain(message).startswith("IndexError: depth of a worker that cannot be; workers are 0..self.cpus - 1 (")
+        assert bound.explain(message).startswith("IndexError: depth of a worker that is none; workers are 0..self.cpus - 1 (")
 
     def test_none_is_the_shallowest(self, write, monkeypatch, compiled):
         monkeypatch.setenv("WAVE_JIT", "1" if compiled else "0")
@@ -226,5 +226,5 @@ def test_a_handler_that_reads_orders_is_explained_with_those_it_had(write, monke
     bound = write("if net.depth(txns, 1) == 7: pop(self.runq)", subsystem="net", handler="request_arrived").bind(n_cpus=4)
     message, orders = np.zeros(1, net.MESSAGE), np.zeros(1, net.ORDERS)
     message["type"] = ARRIVED
-    orders["depth"][0, 1] = 7
+    orders["workers"], orders["depth"][0, 1] = 4, 7
     assert bound.explain(message, orders).startswith("IndexError: pop from an empty ring (")

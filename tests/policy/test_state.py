@@ -33,7 +33,7 @@ def play_heap(queue, ops, values, out):
             if ops[i] == POP:
                 out[i] = heap_pop(queue)
             else:
-                heap_push(queue, values[i] // 10, values[i])
+                heap_push(queue, values[i] // 10, values[i], front=ops[i])
         except Exception:
             out[i] = -1
 
@@ -44,7 +44,7 @@ steps = st.lists(st.tuples(st.sampled_from([BACK, FRONT, POP]), st.integers(0, 9
 
 
 def on_list(ops, values, heaped):
-    """The model: a Python list, for a heap kept sorted by key, equal keys in the order they came."""
+    """The model: a Python list, for a heap kept sorted by key, stably."""
     queue, out = [], np.zeros(len(ops), np.int64)
     for i, (op, value) in enumerate(zip(ops, values, strict=True)):
         if op == POP:
@@ -52,8 +52,8 @@ def on_list(ops, values, heaped):
         elif len(queue) == CAPACITY:
             out[i] = -1
         elif heaped:
-            queue.append(value)
-            queue.sort(key=lambda each: each // 10)  # stable
+            queue.insert(0 if op == FRONT else len(queue), value)
+            queue.sort(key=lambda each: each // 10)
         else:
             queue.insert(0 if op == FRONT else len(queue), value)
     return out.tolist(), queue

@@ -420,6 +420,60 @@ def test_a_policy_does_not_wait_for_a_cpu_that_was_taken_while_it_idled(policy):
     assert placed(host.wake(1, **FIRST).batch()) == [(1, 1)]
 
 
+# ── preemptions that do not come about ───────────────────────────────────────────────────────────────────────────────
+
+BY_URGENCY = ["edf", "srpt"]
+MS = 1_000_000
+LATE, SOON, SOONER, NOW = ({"deadline_ns": due_ns, "work_ns": due_ns} for due_ns in (900 * MS, 20 * MS, 15 * MS, 10 * MS))
+REFUSALS = [each for each in Outcome if each not in (Outcome.COMMITTED, Outcome.STALE)]
+
+
+@pytest.mark.parametrize("policy", BY_URGENCY)
+def test_a_preemption_that_came_to_a_changed_state_is_ordered_again_at_once(policy):
+    host, _, low = run_two(load_policy(policy), NOW, LATE)
+    [preemption] = host.wake(1, **SOON).batch()
+    host.seq[1] += 1
+    [again] = host.say("affinity_changed", 1, **SOON).answer(preemption, Outcome.STALE).batch()
+    assert (again["tid"], again["cpu"], again["flags"], again["seq"]) == (1, low, PREEMPT | KICKED, host.seq[1])
+
+
+@pytest.mark.parametrize("outcome", REFUSALS, ids=lambda each: each.name)
+@pytest.mark.parametrize("policy", BY_URGENCY)
+def test_a_preemption_that_the_host_refused_is_ordered_again_a_millisecond_later(policy, outcome):
+    host, _, low = run_two(load_policy(policy), NOW, LATE)
+    [preemption] = host.wake(1, **SOON).batch()
+    ordered_ns = host.now_ns
+    assert len(host.answer(preemption, outcome).batch()) == 0
+    assert placed(host.batch(ordered_ns + MS)) == [(1, low)]
+
+
+@pytest.mark.parametrize("policy", BY_URGENCY)
+def test_a_cpu_that_refused_a_thread_is_at_once_preempted_for_a_more_urgent_one(policy):
+    host, _, low = run_two(load_policy(policy), NOW, LATE)
+    [preemption] = host.wake(1, **SOON).batch()
+    assert len(host.answer(preemption, Outcome.CPU_UNAVAILABLE).batch()) == 0
+    assert placed(host.wake(2, **SOONER).batch()) == [(2, low)]
+
+
+@pytest.mark.parametrize("policy", BY_URGENCY)
+def test_a_cpu_whose_preemptor_died_on_its_way_is_preempted_a_millisecond_later(policy):
+    host, _, low = run_two(load_policy(policy), NOW, LATE)
+    [preemption] = host.wake(1, **SOON).batch()
+    ordered_ns = host.now_ns
+    assert len(host.say("thread_dead", 1).answer(preemption, Outcome.TARGET_GONE).wake(2, **SOON).batch()) == 0
+    assert placed(host.batch(ordered_ns + MS)) == [(2, low)]
+
+
+@pytest.mark.parametrize("policy", BY_URGENCY)
+def test_urgent_threads_that_no_cpu_takes_are_sent_to_each_once_a_millisecond(policy):
+    host, *_ = run_two(load_policy(policy), LATE, LATE)
+    host.wake(1, 2, **SOON)
+    nowhere = dict.fromkeys((1, 2), -1)
+    refused = [pair for _ in range(190) for pair in refuse(host, host.batch(host.now_ns + 10_000), nowhere)[0]]  # 1.9 ms
+    assert host.runtime["waiting"] == 2
+    assert sorted(cpu for _, cpu in refused) == [0, 0, 1, 1]
+
+
 # ── threads that may not run everywhere ──────────────────────────────────────────────────────────────────────────────
 
 CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt"]
@@ -501,6 +555,22 @@ def test_threads_that_may_not_use_a_cpu_keep_their_order_and_their_place_before_
         assert (decision["tid"], decision["cpu"]) == (tid, busy)
         host.answer(decision).batch()
     assert host.runtime["dropped"] == 0
+
+
+@pytest.mark.parametrize("policy", CONSERVING)
+def test_a_thread_that_a_cpu_refuses_is_not_overtaken_by_its_equals_without_end(policy):
+    host, refusing, other = run_two(load_policy(policy), LATE, LATE)
+    running = {refusing: 8, other: 9}
+    host.wake(1, 2, 3, 4, **LATE)
+    for _ in range(20):
+        for cpu in (refusing, other):
+            host.block(running[cpu], cpu).wake(running[cpu], **LATE)
+            for _ in range(3):
+                for tid, at in refuse(host, host.batch(), {1: other})[1]:
+                    running[at] = tid
+            if running[other] == 1:
+                return
+    raise AssertionError("thread 1 waits for ever, though the CPU that it may use takes a thread at every turn")
 
 
 def test_a_thread_staged_behind_a_busy_cpu_is_not_offered_to_one_that_refused_it(fifo):

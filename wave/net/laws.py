@@ -94,7 +94,7 @@ RUNTIME = np.dtype(
         ("shed", "i8"),
         ("unserved", "i8"),  # batches after which a worker had nothing while the policy held a request
         ("msg", MESSAGE),  # what a handler is given
-        ("orders", ORDERS),  # what it answers; its `present` and `depth` are the workers' table
+        ("orders", ORDERS),  # what it answers; its `workers`, `present` and `depth` are the workers' table
         ("declined", "u1", (MAX_WORKERS,)),
         ("out", DECISION, (OUT,)),
         ("request", REQUEST, (MAX_REQUESTS,)),
@@ -113,7 +113,7 @@ def make_runtime(bound: Bound, *, workers: int, watch: int = 0) -> Any:
     runtime["state_at"], runtime["state_bytes"] = bound.state_address, bound.state.nbytes
     runtime["initial_at"], runtime["initial_bytes"] = bound.initial.ctypes.data, bound.initial.nbytes
     runtime["msg_at"], runtime["orders_at"] = runtime["msg"].ctypes.data, runtime["orders"].ctypes.data
-    runtime["workers"] = workers
+    runtime["workers"] = runtime["orders"]["workers"] = workers
     return runtime
 
 

@@ -18,7 +18,8 @@ ORDERS = np.dtype(
         ("subject", "i8", (ORDERS_AT_ONCE,)),
         ("worker", "i8", (ORDERS_AT_ONCE,)),
         ("value", "i8", (ORDERS_AT_ONCE,)),
-        ("present", "i8", (MAX_WORKERS,)),  # the runtime's, to be read: does the worker take requests,
+        ("workers", "i8"),  # the runtime's, to be read: how many there are,
+        ("present", "i8", (MAX_WORKERS,)),  # does the worker take requests,
         ("depth", "i8", (MAX_WORKERS,)),  # and how many it has
     ],
     align=True,
@@ -73,9 +74,9 @@ def set_rate(txns: Any, request_class: int, per_s: int) -> None:
 
 @jitable
 def depth(txns: Any, worker: int) -> int:
-    """Requests that were steered to `worker` and are not done, this call's orders included. Raises IndexError where there can be no such worker."""
-    if worker < 0 or worker >= MAX_WORKERS:
-        raise IndexError("depth of a worker that cannot be; workers are 0..self.cpus - 1")
+    """Requests that were steered to `worker` and are not done, this call's orders included. Raises IndexError where there is no such worker."""
+    if worker < 0 or worker >= txns.workers:
+        raise IndexError("depth of a worker that is none; workers are 0..self.cpus - 1")
     return txns.depth[worker]  # type: ignore[no-any-return]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar
 
@@ -111,6 +113,30 @@ def _check_form(cls: type[Policy]) -> None:
                 f"{_where(cls, 'class')}: policy {cls.name!r} inherits from policy {base.name!r}, whose handlers it would not have; "
                 "derive from Policy, and share code in @jitable functions"
             )
+    _check_once(cls)
+
+
+def _check_once(cls: type[Policy]) -> None:
+    """Of what a class declares twice Python keeps the last, so it is looked for in the source, where that can be had."""
+    try:
+        lines, first = inspect.getsourcelines(cls)
+        body = ast.parse(textwrap.dedent("".join(lines))).body[0].body  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return
+    at: dict[str, int] = {}
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
+        names = (
+            [node.name]
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list
+            else [each.id for each in targets if isinstance(each, ast.Name)]
+        )
+        for name in names:
+            line = first + node.lineno - 1
+            if at.setdefault(name, line) != line:
+                raise PolicyError(
+                    f"{inspect.getsourcefile(cls)}:{line}: {name!r} is declared in line {at[name]} too; only the last would be there: rename one"
+                )
 
 
 def _check_free(cls: type[Policy], attribute: str, kind: str) -> None:

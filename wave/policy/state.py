@@ -28,7 +28,7 @@ def rings(count: int, capacity: int) -> Dtype:
 
 
 def heap(capacity: int) -> Dtype:
-    """A min-heap of up to `capacity` (key, value) pairs; equal keys leave in the order they came."""
+    """A min-heap of up to `capacity` (key, value) pairs; equal keys leave in the order they came, but for those put in front."""
     n = _positive(capacity)
     return np.dtype([("head", "i8"), ("tail", "i8"), ("order", "i8"), ("key", "i8", (n,)), ("rank", "i8", (n,)), ("slot", "i8", (n,))], align=True)
 
@@ -107,12 +107,12 @@ def _swap(queue: Any, a: int, b: int) -> None:
 
 
 @jitable
-def heap_push(queue: Any, key: int, value: int) -> None:
-    """Insert `value` under `key`. Raises OverflowError on a full heap."""
+def heap_push(queue: Any, key: int, value: int, front: int = 0) -> None:
+    """Insert `value` under `key`, after its equals, or before them with `front`. Raises OverflowError on a full heap."""
     i = queue.tail
     if i >= queue.slot.shape[0]:
         raise OverflowError("push onto a full heap")
-    queue.key[i], queue.rank[i], queue.slot[i] = key, queue.order, value
+    queue.key[i], queue.rank[i], queue.slot[i] = key, -1 - queue.order if front else queue.order, value
     queue.order += 1
     queue.tail += 1
     while i > 0 and _before(queue, i, (i - 1) // 2):
