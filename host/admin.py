@@ -119,7 +119,7 @@ class Watched:
         self._asked: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
     async def status(self, name: str) -> Any:
-        """Of one, as a message. Raises Refused."""
+        """Of one, as a message. Raises Refused, also for what cannot be one, of whatever kind that is: it is one enclave's."""
         now_s = time.monotonic()
         asked_s, task = self._asked.get(name, (-1.0, None))
         if task is None or (task.done() and now_s - asked_s > FRESH_S):
@@ -132,6 +132,8 @@ class Watched:
         except Refused:
             self._asked.pop(name, None)
             raise
+        except Exception as error:
+            raise Refused("INTERNAL", f"what the hostd of {name!r} tells cannot be passed on: {error}") from None
 
     async def all(self) -> list[Any]:
         """Of all; what went wrong with one stands in its place."""

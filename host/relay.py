@@ -8,18 +8,18 @@ is back, the relay comes in anew, and hostd replays the enclave's whole state. S
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import time
 from importlib import import_module
 from typing import Any
 
 from waveos import log, ring
+from waveos.ending import Look, end_between_steps, never
 from waveos.errors import ConfigError, LinkError, PolicyError
 from waveos.keys import Keys
 from waveos.link import open_link
 from waveos.link.device import Device
+from waveos.link.shm import LONGEST_PAUSE_S, ShmLink
 from waveos.primitives import CoherentMemory, clock_ns, ring_doorbell
 from waveos.process import start_time
 
@@ -30,43 +30,59 @@ BEAT_NS = 1_000_000
 AWAKE_NS = 300_000
 """After so long with nothing to carry it naps between looks: it runs on the host's own CPUs."""
 NAP_S = 0.000_05
+AWAIT_S = 0.01
+"""Between two looks while hostd or the agent is waited for."""
+SAY_S = 0.5
+"""What is in the way for so long is said: until then hostd may not have seen that we were lost, and have us for its agent still."""
 
 
 class Relay:
-    """One enclave and one link. `options` are those of the far link's host side."""
+    """One enclave and one link. `look` is called between two steps; `options` are those of the far link's host side."""
 
-    def __init__(self, near: str, far: str, subsystem: Any, **options: Any) -> None:
-        self.near_url, self.far_url, self.subsystem, self._options = near, far, subsystem, options
+    def __init__(self, near: str, far: str, subsystem: Any, look: Look = never, **options: Any) -> None:
+        self.near_url, self.far_url, self.subsystem, self._look, self._options = near, far, subsystem, look, options
         self.far: Any = None
         self.counts = {"messages": 0, "decisions": 0, "losses": 0}
         self._about: dict[str, Any] = {}
         self._joins = 0
         self._bell = 0
-        self._said = ""
 
     def run(self) -> None:
-        """Until it is stopped."""
+        """Until `look` raises."""
         try:
             while True:
-                try:
-                    about = {"pid": os.getpid(), "policy": None}
-                    near: Any = open_link(
-                        self.near_url, side="agent", subsystem=self.subsystem, patience_s=math.inf, prepare=self._prepare, about=about
-                    )
-                    with near:
-                        _say(f"{self.near_url} is joined to {self.far_url}")
+                with self._join() as near:
+                    _say(f"{self.near_url} is joined to {self.far_url}")
+                    try:
                         self._carry(near)
-                except PolicyError:
-                    name = self.subsystem.__name__.rpartition(".")[2]
-                    raise ConfigError(f"{self.near_url} is of an enclave that is not for {name}: say with --subsystem what it is for") from None
-                except LinkError as error:
-                    if getattr(error, "final", False):
-                        raise
-                    self.counts["losses"] += 1
-                    _say(f"{error}; joining anew")
+                    except LinkError as error:
+                        self.counts["losses"] += 1
+                        _say(f"{error}; joining anew")
         finally:
             if self.far is not None:
                 self.far.close()
+
+    def _join(self) -> ShmLink:
+        """Come into the enclave, however long that takes; each thing that is in the way is said once."""
+        about, said = {"pid": os.getpid(), "policy": None}, set[str]()
+        pause_s, say_s = AWAIT_S, time.monotonic() + SAY_S
+        while True:
+            try:
+                return ShmLink(self.near_url, "agent", self.subsystem, prepare=self._prepare, about=about, look=self._look)
+            except PolicyError:
+                name = self.subsystem.__name__.rpartition(".")[2]
+                raise ConfigError(f"{self.near_url} is of an enclave that is not for {name}: say with --subsystem what it is for") from None
+            except LinkError as error:
+                if getattr(error, "final", False):
+                    raise
+                if (why := str(error)) not in said and time.monotonic() >= say_s:
+                    said.add(why)
+                    _say(f"waits: {why}")
+            again_s = time.monotonic() + pause_s
+            while time.monotonic() < again_s:
+                self._look()
+                time.sleep(AWAIT_S)
+            pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
 
     def _prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
         """hostd has told about its enclave: find the agent for it. hostd asks for nothing until then."""
@@ -76,16 +92,13 @@ class Relay:
             self.far = None
         if self.far is None:
             self._about = about
-            try:
-                self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, **self._options)
-            except LinkError as error:
-                if not getattr(error, "final", False) and str(error) != self._said:  # the near link tries again, and says nothing
-                    self._said = str(error)
-                    _say(self._said)
-                raise
-            self._said = ""
+            self.far = open_link(self.far_url, side="host", subsystem=self.subsystem, about=about, **self._options)
             _say(f"waits for an agent at {self.far_url}")
-        self.far.await_agent(math.inf)
+        while not self.far.peer_alive():
+            self._look()
+            self.far.check()
+            time.sleep(AWAIT_S)
+        self.far.await_agent(AWAIT_S)
         self._joins = self.far.peer_joins()
         self.far.poll_txns(AT_ONCE)  # decided on a state that is no more
         self._bell = facts.get("bell", 0xFFFF_FFFF)
@@ -139,11 +152,13 @@ class Relay:
             near.txn_create(len(decisions))[:] = decisions
             decisions = decisions[near.txns_commit() :]
             if len(decisions):
+                self._look()
                 near.check()
                 time.sleep(NAP_S)
 
     def _attend(self, near: Any) -> None:
-        """Are both ends there, and does hostd want something?"""
+        """Are we to end, are both ends there, does hostd want something?"""
+        self._look()
         near.check()
         if not self.far.peer_alive() or self.far.peer_joins() != self._joins:
             raise LinkError(self.far.trouble or "the agent was lost for a moment")
@@ -166,16 +181,7 @@ def run_relay(near: str, far: str, subsystem: Any, **options: Any) -> None:
         keys.own()
         keys.peer(peer)
         options = {"say": _say, **options}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
-    path = near.removeprefix("shm://")
-    if not os.path.exists(path):
-        _say(f"waits for hostd at {path}")
-    Relay(near, far, subsystem, **options).run()
-
-
-def _end(_number: int, _frame: object) -> None:
-    raise SystemExit(0)
+    Relay(near, far, subsystem, end_between_steps(), **options).run()
 
 
 def _say(line: str) -> None:

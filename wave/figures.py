@@ -13,7 +13,8 @@ _FIGURES = ("counters", "report", "hostd")
 
 
 def to_message(status: Mapping[str, Any]) -> pb.EnclaveStatus:
-    """What hostd tells, as JSON says it, for the wire. What has no place there is left out."""
+    """What hostd tells, as JSON says it, for the wire. What has no place there is left out. Raises ValueError, naming the figure, for what does not fit in its
+    place: an agent may report anything."""
     message = pb.EnclaveStatus(**{name: status[name] for name in _PLAIN if status.get(name) is not None})
     message.params.update(status.get("params") or {})
     if agent := status.get("agent"):
@@ -21,7 +22,7 @@ def to_message(status: Mapping[str, Any]) -> pb.EnclaveStatus:
     for name in _FIGURES:
         if status.get(name) is not None:
             getattr(message, name).SetInParent()
-            getattr(message, name).figures.extend(_flatten(status[name]))
+            getattr(message, name).figures.extend(_flatten(status[name], name))
     return message
 
 
@@ -39,23 +40,35 @@ def from_message(message: pb.EnclaveStatus) -> Status:
     return status
 
 
-def _flatten(table: Mapping[str, Any], path: str = "") -> Iterator[pb.Figure]:
+def _flatten(table: Mapping[str, Any], of: str, path: str = "") -> Iterator[pb.Figure]:
     for key, value in table.items():
         name = f"{path}{key}"
+        try:
+            if kind := _kind(value):
+                yield pb.Figure(name=name, **kind)
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError(
+                f"in its {of}, {name!r} is {value!r:.40}: an integer has 64 bits, a histogram pairs of a lower edge and a count, a text Unicode"
+            ) from None
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}/")
-        elif isinstance(value, bool):
-            yield pb.Figure(name=name, flag=value)
-        elif isinstance(value, int):
-            yield pb.Figure(name=name, integer=value)
-        elif isinstance(value, float):
-            yield pb.Figure(name=name, real=value)
-        elif isinstance(value, str):
-            yield pb.Figure(name=name, text=value)
-        elif isinstance(value, list) and value and all(isinstance(each, list) and len(each) == 2 for each in value):
-            yield pb.Figure(name=name, histogram=pb.Histogram(lower=[int(edge) for edge, _ in value], count=[int(n) for _, n in value]))
-        elif isinstance(value, list) and all(isinstance(each, int | float) for each in value):
-            yield pb.Figure(name=name, numbers=pb.Numbers(values=value))
+            yield from _flatten(value, of, f"{name}/")
+
+
+def _kind(value: Any) -> dict[str, Any]:
+    """The value under the name of its field; empty if there is none for it."""
+    if isinstance(value, bool):
+        return {"flag": value}
+    if isinstance(value, int):
+        return {"integer": value}
+    if isinstance(value, float):
+        return {"real": value}
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and value and all(isinstance(each, list) and len(each) == 2 for each in value):
+        return {"histogram": pb.Histogram(lower=[int(edge) for edge, _ in value], count=[int(n) for _, n in value])}
+    if isinstance(value, list) and all(isinstance(each, int | float) for each in value):
+        return {"numbers": pb.Numbers(values=value)}
+    return {}
 
 
 def _nest(figures: Any) -> Status:
@@ -64,7 +77,9 @@ def _nest(figures: Any) -> Status:
         *path, last = figure.name.split("/")
         inner = table
         for key in path:
-            inner = inner.setdefault(key, {})
+            if not isinstance(inner.get(key), dict):  # a name of an agent's own may have a '/', and then be another's place
+                inner[key] = {}
+            inner = inner[key]
         kind = figure.WhichOneof("value")
         if kind == "numbers":
             inner[last] = [int(each) if each.is_integer() else each for each in figure.numbers.values]

@@ -15,12 +15,16 @@ import contextlib
 import json
 import os
 import socket
+import time
 from typing import Any
 
+from waveos.ending import Look
 from waveos.errors import LinkError
 
 MAX_BYTES = 1 << 17
 MAX_DESCRIPTORS = 8
+LOOK_S = 0.02
+"""Between two looks while one waits to be told."""
 MAX_DEPTH = 8
 """Tables and lists within each other. What was read from JSON is written as JSON again, which recursion may forbid only then; ours are 4 deep."""
 Message = dict[str, Any]
@@ -43,7 +47,10 @@ def hear(line: socket.socket, max_bytes: int = MAX_BYTES, max_descriptors: int =
     """The next message and the descriptors with it. Raises LinkError if the other side is gone, speaks nonsense, or sends more than that; BlockingIOError if
     there is none yet."""
     try:
-        data, descriptors, flags, _ = socket.recv_fds(line, max_bytes, max_descriptors, socket.MSG_CMSG_CLOEXEC)
+        try:
+            data, descriptors, flags, _ = socket.recv_fds(line, max_bytes, max_descriptors, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # it went without having read what it was told: what it said before, why it refuses, comes after that
+            data, descriptors, flags, _ = socket.recv_fds(line, max_bytes, max_descriptors, socket.MSG_CMSG_CLOEXEC)
     except (BlockingIOError, TimeoutError):
         raise
     except OSError as error:
@@ -64,6 +71,19 @@ def hear(line: socket.socket, max_bytes: int = MAX_BYTES, max_descriptors: int =
             raise
         raise LinkError(f"the other side speaks another language: {data[:60]!r}") from None
     return message, descriptors
+
+
+def await_message(line: socket.socket, timeout_s: float, look: Look) -> tuple[Message, list[int]]:
+    """The next message and its descriptors, as `hear`; what `look` raises ends the wait. Raises TimeoutError."""
+    end_s = time.monotonic() + timeout_s
+    line.settimeout(LOOK_S)
+    while True:
+        look()
+        try:
+            return hear(line)
+        except TimeoutError:
+            if time.monotonic() >= end_s:
+                raise
 
 
 def _is_flat(message: Message) -> bool:

@@ -70,14 +70,19 @@ class Keys:
 
     def own(self) -> Key:
         """This machine's own key. Raises LinkError if there is none, or it is expired or malformed."""
+        key = self.read_own()
+        if key.state != "valid":
+            raise LinkError(f"this machine's own key has {_since(key)}: make a new one with `wave keys new --replace`, and add it at its peers")
+        return key
+
+    def read_own(self) -> Key:
+        """Likewise, though it may have expired: to be shown, not used."""
         path = self.folder / "own.toml"
         if not path.exists():
             raise LinkError(f"this machine has no key in {self.folder}: make one with `wave keys new`")
         key = _read(path, "own")
         if not key.secret:
             raise LinkError(f"{path} has no secret: make a new one with `wave keys new --replace`")
-        if key.state != "valid":
-            raise LinkError(f"this machine's own key has {_since(key)}: make a new one with `wave keys new --replace`, and add it at its peers")
         return key
 
     def peer(self, name: str = "") -> Key:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from waveos import net
 from waveos.agents.agentd import begin_life
+from waveos.ending import Look, end_between_steps
 from waveos.errors import ConfigError, LinkError, WaveError
 from waveos.link import open_link
 from waveos.net.laws import OUT, failure, feed_all, make_runtime
@@ -36,7 +36,9 @@ def serve_queues(url: str, policy: str, params: dict[str, float], patience_s: fl
         bound, runtime = _bind(policy, params, net.MAX_WORKERS)
         out, end = np.zeros(2 * OUT, net.DECISION), np.zeros(1, net.MESSAGE)
         end["type"], end["request"], end["worker"] = net.Message.BATCH_END, -1, -1
+        look = end_between_steps()
         while True:
+            look()
             batch = link.poll_messages(AT_ONCE, wait_ns=SLICE_NS)
             end["time_ns"] = clock_ns()
             for records in (batch, end) if len(batch) else ():
@@ -45,7 +47,7 @@ def serve_queues(url: str, policy: str, params: dict[str, float], patience_s: fl
                     first, n = feed_all(runtime, records, first, out)
                     if runtime["failed"][0]:
                         raise failure(runtime, bound)
-                    _send(link, out[:n])
+                    _send(link, out[:n], look)
             if not len(batch):
                 link.check()
     except LinkError:
@@ -54,13 +56,15 @@ def serve_queues(url: str, policy: str, params: dict[str, float], patience_s: fl
         link.close()
 
 
-def _send(link: Any, decisions: Any) -> None:
+def _send(link: Any, decisions: Any, look: Look) -> None:
     """All of them, waiting for room. Raises LinkError once the host is gone."""
     while len(decisions):
         link.txn_create(min(len(decisions), AT_ONCE))[:] = decisions[:AT_ONCE]
         fitted = link.txns_commit()
         decisions = decisions[fitted:]
         link.check()
+        if not fitted:
+            look()
 
 
 class Server:
@@ -82,14 +86,15 @@ class Server:
 
     def run(self) -> None:
         """Serve until the host is gone. Raises PolicyError when the policy fails."""
-        slices = 0
+        slices, look = 0, end_between_steps()
         try:
             while self._link.serve(self._runtime, clock_ns() + SLICE_NS):
+                look()
                 slices += 1
                 if slices % SLICES_A_WORD == 0:
                     self._link.tell(self._report())
                 for request in self._link.requests():
-                    self._answer(request)
+                    self._answer(request, look)
             raise failure(self._runtime, self._bound)
         except LinkError:
             return  # the host is gone
@@ -101,7 +106,7 @@ class Server:
         about = {"policy": self.policy, "params": self.params, "pid": os.getpid(), "start": start_time(os.getpid())}
         return {"report": {**about, "counters": self._link.counters()}}
 
-    def _answer(self, request: dict[str, Any]) -> None:
+    def _answer(self, request: dict[str, Any], look: Look) -> None:
         if "report" in request:
             self._link.tell(self._report())
         elif "set-policy" in request:
@@ -111,7 +116,7 @@ class Server:
             except (WaveError, ValueError) as error:
                 self._link.tell({"unwilling": str(error)})
                 return
-            self._link.renew({"policy": name, "params": params})
+            self._link.renew({"policy": name, "params": params}, look)
             self.policy, self.params, self._bound, self._runtime = name, params, bound, runtime
 
 
@@ -147,8 +152,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         begin_life(options.core, 0, options.parent)
         os.setpriority(os.PRIO_PROCESS, 0, max(options.nice, os.getpriority(os.PRIO_PROCESS, 0)))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _end)
         params = dict(map(_parameter, options.param))
         if options.url.startswith("xsk://"):
             Server(options.url, options.policy, params, nap_us=int(options.nap_us)).run()
@@ -160,10 +163,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"net-agent: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, WaveError) else 1
     return 0
-
-
-def _end(_number: int, _frame: object) -> None:
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from waveos.ending import Look, never
 from waveos.errors import LinkError
-from waveos.handover import Message, hear, tell
+from waveos.handover import Message, await_message, hear, tell
 from waveos.host.net.ports import Ports
 from waveos.host.xsk import PACKET, Port
 from waveos.net.records import SUBSYSTEM
@@ -119,7 +120,7 @@ class XskLink:
         self._line = _connect(url, patience_s)
         try:
             tell(self._line, {"hello": {"version": VERSION, "pid": os.getpid()}})
-            facts = self._answer("facts")[0]
+            facts = self._answer("facts", never)[0]
             if facts["subsystem"] != subsystem.SUBSYSTEM:
                 raise LinkError(f"{url} is of an enclave of subsystem {facts['subsystem']}, not of the network's ({subsystem.SUBSYSTEM})")
             self.workers = int(facts["workers"])
@@ -128,13 +129,13 @@ class XskLink:
             self._line.close()
             raise
 
-    def renew(self, about: Message) -> None:
+    def renew(self, about: Message, look: Look = never) -> None:
         """Say that the policy is ready, and take the ports: at first, and again for another policy, when they are new ones: a queue has one socket, so the old
-        ones go first. Raises LinkError.
+        ones go first. What `look` raises while the host has not answered ends it. Raises LinkError.
         """
         self._leave()
         tell(self._line, {"ready": about})
-        told, fds = self._answer("attached")
+        told, fds = self._answer("attached", look)
         if len(fds) != DESCRIPTORS:
             for fd in fds:
                 os.close(fd)
@@ -146,12 +147,11 @@ class XskLink:
         self.forwarder["gone_at"] = self.client.control["gone"].ctypes.data
         self.forwarder["port"], self.forwarder["timeout_ns"], self.forwarder["nap_us"] = told["port"], self._timeout_ns, self._nap_us
 
-    def _answer(self, wanted: str) -> tuple[Any, list[int]]:
+    def _answer(self, wanted: str, look: Look) -> tuple[Any, list[int]]:
         """The host's answer of that kind; requests that come before it wait. Raises LinkError."""
         while True:
             try:
-                self._line.settimeout(ANSWER_S)
-                message, fds = hear(self._line)
+                message, fds = await_message(self._line, ANSWER_S, look)
             except TimeoutError:
                 raise LinkError(f"{self.url}: the host does not answer") from None
             if "refused" in message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,11 @@ def test_a_status_comes_through_the_wire_as_hostd_tells_it() -> None:
     assert figures.from_message(figures.to_message(bare)) == bare
 
 
+@pytest.mark.parametrize("report", [{"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}, {"a": {"b": 1}, "a/b": {"c": 2}}, {"a": [1], "a/b/c": 2}])
+def test_figures_that_want_the_same_place_are_no_readers_end(report) -> None:
+    assert figures.from_message(figures.to_message({**STATUS, "report": report}))["counters"] == STATUS["counters"]
+
+
 def test_statuses_policies_and_orders(world) -> None:
     web, db = world.hostd("web"), world.hostd("db")
     world.serve()
@@ -61,6 +67,38 @@ def test_statuses_policies_and_orders(world) -> None:
             db.answers["status"]["pid"] = ended.pid
         assert asked.drain("db") is False, "its hostd is gone and its journal is not"
         assert db.asked[-1] == {"do": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("report", "named"),
+    [
+        ({"messages": 1 << 64}, "in its report, 'messages' is 18446744073709551616"),
+        ({"of": {"policy": -(1 << 63) - 1}}, "'of/policy'"),
+        ({"event_ns": [[1_000, -1]]}, "'event_ns'"),
+        ({"event_ns": [[1_000, None]]}, "'event_ns'"),
+        ({"event_ns": [[float("inf"), 1]]}, "'event_ns'"),
+        ({"rounds": [10**400]}, "'rounds'"),
+        ({"policy": "\ud800"}, "'policy'"),
+        ({"\ud800": 1}, r"'\\ud800'"),
+        ([1], "cannot be passed on"),
+    ],
+)
+def test_a_report_that_cannot_be_passed_on_costs_its_own_enclave_alone(world, report, named) -> None:
+    world.hostd("web").answers["status"]["report"] = report
+    world.hostd("db")
+    world.serve()
+    with Admin() as asked:
+        for told in (asked.enclaves(), next(asked.counters(every_ms=100))[1]):
+            db, web = told
+            assert (db["enclave"], db["report"]) == ("db", REPORT)
+            assert web.keys() == {"enclave", "error"} and web["enclave"] == "web"
+            assert re.search(named, web["error"]) and len(web["error"].splitlines()) == 1
+        assert asked.status("db")["report"] == REPORT
+        for ask in (lambda: asked.status("web"), lambda: next(asked.counters("web"))):
+            with pytest.raises(LinkError, match=named):
+                ask()
+        world.hostds["web"].answers["status"]["report"] = REPORT
+        until(lambda: asked.enclaves()[1].get("report") == REPORT, "it is as good as any once it reports what can be")
 
 
 def test_an_order_at_the_socket_to_read_is_refused_in_one_line(world) -> None:

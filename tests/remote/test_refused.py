@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
@@ -345,6 +346,21 @@ def test_the_command_makes_adds_lists_and_revokes_keys(tmp_path, monkeypatch, ca
     assert run(["keys", "list"]) == 0
     shown = capsys.readouterr().out
     assert "revoked" in shown and "secret" not in shown and Keys().own().secret not in shown
+
+
+def test_an_own_key_that_has_expired_is_listed_as_that_and_used_by_nothing(machines, monkeypatch, capsys):
+    public = machines.host.new(days=1, replace=True).public
+    monkeypatch.setenv("WAVE_KEYS", str(machines.host.folder))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
+    assert run(["keys", "list", "--json"]) == 0
+    own, dpu = json.loads(capsys.readouterr().out)
+    assert (own["own"], own["state"], own["public"]) == (True, "expired", public)
+    assert (dpu["name"], dpu["state"]) == ("dpu", "valid")
+    assert run(["relay", "web", machines.url]) == 4
+    assert "own key has expired" in capsys.readouterr().err
+    with pytest.raises(LinkError, match="own key has expired"):
+        machines.host.own()
 
 
 def test_a_frame_of_another_version_is_refused_with_a_line(machines):

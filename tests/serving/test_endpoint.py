@@ -198,6 +198,24 @@ class TestErrorsAreTheApisOwn:
             assert other.result().usage.completion_tokens == 30
 
     @pytest.mark.parametrize(
+        "body", ['{"model": "m", "messages": [], %s}', '{"model": "m", "messages": [{"role": "user", "content": "", %s}]}'], ids=["body", "message"]
+    )
+    def test_for_a_hundred_thousand_unknown_names_without_looking_at_each(self, server, body):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            names = ", ".join(f'"{number}": 0' for number in range(100_000))
+            urllib.request.urlopen(f"{server[1]}/v1/chat/completions", data=(body % names).encode(), timeout=DEADLINE_S)
+        with error.value as answer:
+            told = json.load(answer)["error"]
+        assert answer.code == 400 and re.fullmatch(r"100,00[01] arguments are wrong or unknown\.", told["message"])
+
+    def test_for_a_name_of_megabytes_which_is_not_said_in_full(self, server):
+        body = json.dumps({"model": "m", "prompt": "", "n" * 5_000_000: 0}).encode()
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{server[1]}/v1/completions", data=body, timeout=DEADLINE_S)
+        with error.value as answer:
+            assert answer.code == 400 and len(answer.read()) < 1_000
+
+    @pytest.mark.parametrize(
         ("path", "body", "status"),
         [
             ("/v1/nothing", None, 404),

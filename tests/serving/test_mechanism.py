@@ -196,6 +196,29 @@ class TestRequests:
         assert host.told.count("BATCH_WANTED") == 2
 
 
+def test_requests_starve_only_while_nothing_but_a_decision_can_help_them():
+    host = Host(device=500)
+    starved = []
+
+    def look():
+        starved.append(host.mechanism.starved)
+
+    look()
+    host.arrive(1, [11, 12])
+    look()  # it waits
+    assert host.batch((1, 0, 200)) == ["COMMITTED"] * 2
+    host.arrive(2, [21, 22, 23])
+    look()  # a batch is staged
+    batch = host.engine.batches[-1]
+    host.mechanism.batch_started(batch)
+    look()  # and runs
+    host.mechanism.batch_done(batch)
+    look()  # the first decodes: the second may wait for its memory
+    host.mechanism.request_done(host.mechanism.requests[1])
+    look()
+    assert starved == [False, True, False, False, False, True]
+
+
 def test_a_replay_tells_a_new_agent_everything_and_it_goes_on():
     from waveos.policy import load_policy
     from waveos.policy.plain import PlainRuntime

@@ -49,7 +49,7 @@ def list_keys(folder: Folder = None, as_json: Json = False) -> None:
     store = _store(folder)
     rows = [
         _row(key, own=own)
-        for key, own in [*([(store.own(), True)] if (store.folder / "own.toml").exists() else []), *((k, False) for k in store.peers())]
+        for key, own in [*([(store.read_own(), True)] if (store.folder / "own.toml").exists() else []), *((k, False) for k in store.peers())]
     ]
     if as_json:
         print_json(rows)

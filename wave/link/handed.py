@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from waveos import ring
+from waveos.ending import Look
 from waveos.errors import LinkError, PolicyError
-from waveos.handover import Message, hear, tell
+from waveos.handover import Message, await_message, hear, tell
 from waveos.link import MESSAGES, TXNS
 from waveos.link.segment import KINDS
 from waveos.record import VERSION
@@ -38,10 +39,10 @@ class Handed:
 
     owned = False
 
-    def __init__(self, path: str, subsystem: int, prepare: Prepare, about: Message) -> None:
+    def __init__(self, path: str, subsystem: int, prepare: Prepare, about: Message, look: Look) -> None:
         """Raises LinkError if nobody listens there, Refused if hostd does not want this agent, PolicyError if its policy is for another subsystem, and
         what `prepare` raises."""
-        self.path, self.doorbell = path, -1
+        self.path, self.doorbell, self._look = path, -1, look
         self._queues: list[Words] = []
         self._capacities: list[int] = []
         self._requests: list[Message] = []
@@ -56,7 +57,8 @@ class Handed:
                 raise LinkError(f"{path} is not for this user: run the agent as the user, or in the group, that hostd was told") from None
             except OSError as error:
                 raise LinkError(f"nobody listens at {path} ({error.strerror}): start `wave hostd`") from None
-            tell(self._line, {"hello": {"version": VERSION, **about}})
+            with contextlib.suppress(LinkError):  # who refuses may have gone already; the reason is still to be heard
+                tell(self._line, {"hello": {"version": VERSION, **about}})
             self.facts: Message = self._answer("facts")[0]
             if self.facts["subsystem"] != subsystem:
                 raise PolicyError(
@@ -93,8 +95,7 @@ class Handed:
         """hostd's answer of that kind; requests that come before it wait. Raises LinkError."""
         while True:
             try:
-                self._line.settimeout(ANSWER_S)
-                message, descriptors = hear(self._line)
+                message, descriptors = await_message(self._line, ANSWER_S, self._look)
             except TimeoutError:
                 raise LinkError(f"hostd at {self.path} does not answer") from None
             if "refused" in message:

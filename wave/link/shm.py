@@ -18,6 +18,7 @@ import numpy as np
 from numba import carray, njit
 
 from waveos import ring
+from waveos.ending import Look, never
 from waveos.errors import LinkError
 from waveos.handover import Message
 from waveos.jit import as_pointer, jit
@@ -81,7 +82,7 @@ def _wait(at: int, wait_ns: int) -> bool:
 
 class ShmLink(QueueVerbs):
     """One side of a shared-memory link; a context manager. Options: `messages` and `txns`, the capacities (powers of two), and
-    `patience_s`, how long an agent waits for its host to appear; with a path also `prepare` and `about` of `Handed`."""
+    `patience_s`, how long an agent waits for its host to appear, and `look`, called meanwhile; with a path also `prepare` and `about` of `Handed`."""
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class ShmLink(QueueVerbs):
         patience_s: float = 0.0,
         prepare: Prepare = lambda facts: {},
         about: Message | None = None,
+        look: Look = never,
     ) -> None:
         if subsystem is None:
             from waveos import sched as subsystem
@@ -101,7 +103,7 @@ class ShmLink(QueueVerbs):
         self._agent: subprocess.Popen[bytes] | None = None
         self._queues: dict[int, Queue] = {}
         self._segment: Any  # a Segment, or on the agent's side a Handed
-        self._prepare, self._about = prepare, about or {}
+        self._prepare, self._about, self._look = prepare, about or {}, look
         if side == "host":
             if self.name.startswith("/"):
                 raise LinkError(f"{url}: the host's side of such a link is hostd: `wave hostd`; or give the ring a name, as in shm://demo")
@@ -131,12 +133,13 @@ class ShmLink(QueueVerbs):
             except LinkError as error:
                 if time.monotonic() >= end or getattr(error, "final", False):
                     raise
+                self._look()
                 time.sleep(pause_s)
                 pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
 
     def _find(self) -> Segment | Handed:
         if self.name.startswith("/"):
-            return Handed(self.name, self.subsystem.SUBSYSTEM, self._prepare, self._about)
+            return Handed(self.name, self.subsystem.SUBSYSTEM, self._prepare, self._about, self._look)
         return Segment.attach(self.name, self.subsystem.SUBSYSTEM)
 
     def _join(self) -> None:
@@ -321,6 +324,10 @@ class ShmLink(QueueVerbs):
     def overflowed(self, queue: int = MESSAGES) -> int:
         """How many records found that queue full since it was made; both sides see it."""
         return ring.overflowed(CoherentMemory(self.queue(queue).memory))
+
+    def heartbeat(self) -> int:
+        """Host: the clock of the agent's loop when it last gave a sign of life, ns. 0: none yet."""
+        return int(ring.compiled().heartbeat(self.txns_memory))
 
     def peer_alive(self) -> bool:
         """True while the other side is attached and its process lives."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from waveos import serving
+from waveos import log, serving
 from waveos.errors import LinkError, PolicyError
 from waveos.link import open_link
 from waveos.policy import Policy, load_policy, policy_names
@@ -23,7 +23,7 @@ from waveos.record import VERSION
 from waveos.serving.mechanism import Mechanism
 
 PATIENCE_S = 30.0
-"""How long an agent may take to come, at first and when one was lost."""
+"""How long an agent may take to come, at first and when one was lost; and to decide what only it can, or to go round at all."""
 AGAIN_S = 1.0
 """Between two attempts to start one that died."""
 
@@ -61,7 +61,7 @@ class InProcess:
 
 
 class Across(InProcess):
-    """The policy in agentd, across a link. One that dies is started again and told everything; without `start` somebody else starts it."""
+    """The policy in agentd, across a link. One that dies or hangs is started again and told everything; without `start` somebody else starts it."""
 
     def __init__(self, url: str, policy: str, params: dict[str, float] | None = None, *, start: bool = True) -> None:
         _load(policy).param_values(params)  # what is wrong with it is said here, in one line
@@ -69,7 +69,9 @@ class Across(InProcess):
         self.link: Any = open_link(url, side="host", subsystem=serving)
         self.restarts = -1
         self._start, self._started = start, 0.0
-        self._lost_s = 0.0  # when the agent was first seen to be missing since one decided or had nothing to decide
+        self._lost_s = 0.0  # when an agent was last well before it was missed; 0: one has decided since, or had nothing to decide
+        self._well_s = self._looked_s = 0.0  # when one was last well; when that was looked at
+        self._seen, self._beat = (False, -1, 0), 0.0
         self._joins = self.link.peer_joins()
         self._unsent: Records = np.zeros(0, serving.MESSAGE)
         self._lost = self.link.overflowed()
@@ -100,12 +102,14 @@ class Across(InProcess):
             time.sleep(0.005)
 
     def _watch(self, mechanism: Mechanism) -> None:
-        """Start an agent where there is none; tell a new one everything. One that comes and dies at what waits for it is as good as none."""
-        joins, alive, now = self.link.peer_joins(), self.link.peer_alive(), time.monotonic()
+        """Start an agent where there is none or it hangs; tell a new one everything. One that comes and dies at what waits for it is as good as none."""
+        joins, attached, now = self.link.peer_joins(), self.link.peer_alive(), time.monotonic()
+        alive = self._goes_on((attached, joins, mechanism.heard), mechanism.starved, now) and attached
         if not alive:
-            self._lost_s = self._lost_s or now
+            self._lost_s = self._lost_s or self._well_s
         elif not mechanism.requests:
             self._lost_s = 0.0
+        hangs = attached and not alive
         missing = not alive and now - self._lost_s > PATIENCE_S
         self.away = f"no agent has decided anything for {PATIENCE_S:.0f} s: see what it said" if missing else None
         if joins != self._joins:
@@ -113,10 +117,21 @@ class Across(InProcess):
             mechanism.agent_lost()
             mechanism.replay()
             self._unsent = self._unsent[:0]
-        elif self._start and now - self._started > AGAIN_S and not alive and not self._coming():
+        elif self._start and now - self._started > AGAIN_S and (hangs if self._coming() else not attached):
+            if hangs:
+                log.say("serve", f"the agent has hung for {PATIENCE_S:.0f} s: it is ended and another is started", "warning")
             self.link.kill_wave_agent()
             self.link.start_wave_agent(self.policy, *self.arguments)
             self._started, self.restarts = time.monotonic(), self.restarts + 1
+
+    def _goes_on(self, seen: tuple[bool, int, int], starved: bool, now: float) -> bool:
+        """It does not hang: an agent is well when it comes and when it decides, which changes what is `seen`, and while it goes round and none starves."""
+        beat = self.link.heartbeat() if hasattr(self.link, "heartbeat") else now  # across a network its loop is not seen
+        self._well_s += max(0.0, now - self._looked_s - AGAIN_S)  # this process was away itself: stopped with its agent, say
+        if seen != self._seen or (beat != self._beat and not starved):
+            self._well_s = now
+        self._looked_s, self._seen, self._beat = now, seen, beat
+        return now - self._well_s <= PATIENCE_S
 
     def _coming(self) -> bool:
         """One that was started has not ended yet."""

@@ -32,6 +32,10 @@ MOST_BYTES = 8 << 20
 """Of a request's body."""
 MOST_PROMPTS = 128
 """Of one request: others are heard in between."""
+MOST_ERRORS = 1_000
+"""Of a body's, that are looked at to tell the one that matters: a million take seconds."""
+LONGEST_NAME = 200
+"""Of a wrong argument, as far as it is said: it may be as long as the body."""
 _Item = TypeVar("_Item")
 Items = Annotated[list[_Item], Field(fail_fast=True)]
 """A list of which the first wrong item is told: to tell a million would keep others waiting."""
@@ -353,9 +357,12 @@ async def _read(request: HttpRequest, kind: Any) -> Any:
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
+        if (wrong := error.error_count()) > MOST_ERRORS:
+            raise ApiError(400, f"{wrong:,} arguments are wrong or unknown.", code="invalid_value") from None
         # Of the branches of a union the one that got furthest is what was meant.
         first = max(error.errors(), key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
         where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int", "none"))))
+        where = where[:LONGEST_NAME]
         if first["type"] == "extra_forbidden":
             message, code = f"Unrecognized request argument supplied: {where}", "unknown_parameter"
         elif first["type"] == "json_invalid":

@@ -278,6 +278,12 @@ class Mechanism:
             begin = end
         self._open = rows[begin:]
 
+    @property
+    def starved(self) -> bool:
+        """An instance runs nothing although requests wait for it: only the agent can go on. While it decodes or fetches they may wait for that, rightly."""
+        idle = {each.number for each in self.instances.values() if each.waiting and each.alive and each.staged is None and each.running is None}
+        return bool(idle) and bool(idle - {each.instance for each in self.requests.values() if each.state == "decoding" or each.prefetch})
+
     def agent_lost(self) -> None:
         """The agent is gone: what it had begun to say is dropped."""
         self._open = []

@@ -113,8 +113,8 @@ class Service:
         self._calls.put(action)
 
     def _submit(self, ask: Ask) -> None:
-        if self.failed is not None:  # meanwhile
-            ask.tell("failed", WaveError(self.failed))
+        if why := self.failed or self.agent.away:  # meanwhile; nothing is kept for an agent that is away: it may be for hours
+            ask.tell("failed", WaveError(why))
             return
         self.asks[ask.number] = ask
         try:
