@@ -79,7 +79,7 @@ QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 DRAWN = 200_000
 NOISY_SHARE = 0.05
 HACKBENCH_LOOPS = 15_000
-COSTS_S, ENCLAVE_S = 45.0, 6.0
+COSTS_S, ENCLAVE_S = 12.0, 3.0
 """Of the experiments for the emulator, and of an enclave's coming and going; for what is told of the whole's length alone."""
 STEP = 0.03
 """Between two loads of the search for saturation."""
@@ -169,7 +169,7 @@ class Bench:
         plan = self.plan
         talk(f"live: at most some {expected_s(plan) / 60:.0f} minutes if the machine is quiet; lines say how many have passed")
         _tell(plan, "measuring costs one by one")
-        costs = live_costs.measure(self.service, self.watch, plan.host_core, plan.agent_core, plan.seed)
+        costs = self._costs()
         _tell(plan, "saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
@@ -198,7 +198,7 @@ class Bench:
         metrics |= self._hackbench()
         metrics |= costs.metrics()
         wave = enforcement(at_load, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us)
-        metrics |= {"hostd_act_us": wave.cpu_ns / 1_000} | self._predict(costs, saturations, wave)
+        metrics |= {"hostd_act_us": wave.cpu_ns / 1_000} | self._predict(saturations, wave)
         metrics["noisy_share"] = sum(self.noisy) / len(self.noisy)
         return {
             "name": "live",
@@ -297,13 +297,18 @@ class Bench:
                     load *= 1 - STEP
         return best or load
 
-    def _predict(self, costs: live_costs.Costs, saturations: dict[str, float], wave: live_prediction.Enforcement) -> dict[str, float]:
-        """Measured beside predicted, for the kernel's default and for Wave."""
+    def _costs(self) -> live_costs.Costs:
+        return live_costs.measure(self.service, self.watch, self.plan.host_core, self.plan.agent_core, self.plan.seed)
+
+    def _predict(self, saturations: dict[str, float], wave: live_prediction.Enforcement) -> dict[str, float]:
+        """Measured beside predicted, for the kernel's default and for Wave. Costs are measured anew for each load: a virtual machine is not the same for
+        minutes."""
         plan, metrics = self.plan, dict[str, float]()
         for name, enforced in ((KERNEL, None), (WAVE, wave)):
             for share in plan.shares:
                 rate = share * saturations[name]
                 _tell(plan, f"{name} measured and predicted at {rate:,.0f} requests/s")
+                costs = self._costs()
                 measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, PREDICTED_ROUNDS))])
                 predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
                 for key, value in predicted.items():
@@ -319,7 +324,7 @@ def expected_s(plan: Plan) -> float:
     rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, PREDICTED_ROUNDS)
     windows = rounds * (2 + len(plan.tuned)) + 2 + 2 * predicted
     enclaves = rounds + 3 + predicted + 2 * plan.tries
-    return COSTS_S + windows * (plan.seconds + 0.5) + 3 * plan.probes * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
+    return COSTS_S * (1 + 2 * len(plan.shares)) + windows * (plan.seconds + 0.5) + 3 * plan.probes * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
 
 
 def enforcement(told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) -> live_prediction.Enforcement:

@@ -7,7 +7,8 @@ cold       the same GETs by 5, 9, 17, ... workers in turn: what one takes longer
 lateness   requests 60 us and more apart: sent, after it was to be sent
 idle wake  the same: done, after it was sent, less the service: a CPU that has just fallen asleep is woken, and has cooled a little
 switch     a byte to and fro between two processes of one CPU, less the calls
-interrupt  GETs on workers of a higher real-time priority interrupt a RANGE: what it takes longer for each, less the GET and one switch
+interrupt  GETs on workers of a higher real-time priority interrupt a RANGE: what it takes longer for each, less the GET and one switch; at most an idle wake,
+           of which it is a part: what is left then is what the two lose of their caches to each other, and is in nothing
 slice      the kernel's, from sched_getattr; the tick from the coarse clock's resolution
 """
 
@@ -108,7 +109,7 @@ def measure(service: Service, watch: Watch, host_core: int, client_core: int, se
         across = _ping(host_core, client_core)
     usual = attributes.usual_slice_ns()
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
-    interrupt = longer - float(gets.mean()) - switch
+    interrupt = min(waking, longer - float(gets.mean()) - switch)
     return Costs(gets, ranges, wave_gets, wave_ranges, cold, late, max(1.0, waking), max(1.0, switch), max(0.0, interrupt), usual, tick, across)
 
 
