@@ -3,7 +3,7 @@
 A virtual machine's CPU may be several times slower for some hundredths of a second, whatever runs on it and without any of it told as stolen: its neighbours'
 doing, or the hypervisor's. Requests pile up then under any scheduler. The work is arithmetic alone, done twice, of which the second counts: no cache matters.
 
-`python -m waveos.bench.live_watch --core N --fd FD` is that process; it ends with the one that started it.
+`python -m waveos.bench.live_watch --core N --fd FD --parent PID` is that process; it ends with the one that started it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from waveos.host.service.client import sleep_until
 from waveos.jit import jit
 from waveos.primitives import clock_ns, store
 
-PR_SET_PDEATHSIG, SIGKILL = 1, 9
+PR_SET_PDEATHSIG = 1
 PERIOD_NS, ROUNDS = 1_000_000, 1_000
 """A look, some 3 us of work twice: 0.7 % of the CPU, in every scheduler's columns alike."""
 SAMPLES = 1 << 18
@@ -102,7 +103,7 @@ def watching(core: int) -> Iterator[Watch]:
     try:
         os.ftruncate(fd, 8 * (2 + 2 * SAMPLES))
         words = np.frombuffer(mmap.mmap(fd, 0), np.int64)
-        command = [sys.executable, "-P", "-m", "waveos.bench.live_watch", "--core", str(core), "--fd", str(fd)]
+        command = [sys.executable, "-P", "-m", "waveos.bench.live_watch", "--core", str(core), "--fd", str(fd), "--parent", str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[fd])
     finally:
         os.close(fd)
@@ -123,8 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="waveos.bench.live_watch", description="Look every millisecond whether a CPU is as fast as it was.")
     parser.add_argument("--core", type=int, required=True, help="the CPU")
     parser.add_argument("--fd", type=int, required=True, help="the memory to write to, as a descriptor")
+    parser.add_argument("--parent", type=int, required=True, help="the process that it ends with")
     options = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; whoever started us ends us
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != options.parent:
+        return
     words = np.frombuffer(mmap.mmap(options.fd, 0), np.int64)
     _watch(words, 0)  # compiles it, before it is real-time
     os.sched_setaffinity(0, {options.core})
