@@ -94,7 +94,7 @@ def watch(children: dict[int, int]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status if nothing could be served, else it ends the process."""
     parser = argparse.ArgumentParser(prog="waveos.host.service.workers", description="Serve requests from one RocksDB, one process a worker.")
     parser.add_argument("folder", help="the database")
     parser.add_argument("wake", type=int, nargs="+", help="an eventfd for each worker")
@@ -108,11 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with rocksdb.open_read_only(options.folder) as database:
             ended = _look_after(_fork(board, options.wake, database, options.folder))
+            if ended:
+                print(ended, file=sys.stderr, flush=True)
+            os._exit(1 if ended else 0)  # nothing was written: to close the database would be one more thing that may go wrong or take its time
     except (WaveError, OSError) as error:
-        ended = str(error)
-    if ended:
-        print(ended, file=sys.stderr)
-    return 1 if ended else 0
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _fork(board: Board, wakes: list[int], database: Any, folder: str) -> dict[int, int]:
