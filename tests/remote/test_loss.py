@@ -179,7 +179,7 @@ def test_cuts_in_mid_speech_lose_frames_but_no_state_and_what_was_decided_on_los
             turn()
         until(lambda: turn() and not host.peer_alive(), "the host does not notice")
         wire.mend()
-    assert host.peer_joins() >= 5 and mirror.resyncs == host.peer_joins()
+    assert host.peer_joins() >= mirror.resyncs >= 5
     assert len(set(truth.applied)) == len(truth.applied), "a decision was applied twice"
     assert truth.count[Outcome.STALE] > 0 or host.stale > 0
     # Once all is said both sides know the same.
@@ -201,7 +201,7 @@ def test_a_host_that_was_cut_off_comes_back_by_the_same_session_if_nothing_was_l
 
 
 def test_hosts_that_come_back_in_another_order_each_find_their_own_state(machines, wire):
-    hosts = [machines.link("host", silence_s=0.5, about={"enclave": f"e{n}", "cpus": 1, "threads": 8}) for n in range(3)]
+    hosts = [machines.link("host", silence_s=2.0, about={"enclave": f"e{n}", "cpus": 1, "threads": 8}) for n in range(3)]
     machines.port = machines.agents_port
     agentd = machines.agentd("fifo")
     for number, host in enumerate(hosts):
