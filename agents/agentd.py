@@ -9,7 +9,6 @@ beside the loop, so that the other enclaves do not wait.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -35,7 +34,7 @@ from waveos.link import MESSAGES, TXNS, open_link
 from waveos.policy import load_policy
 from waveos.policy.plain import PlainRuntime
 from waveos.primitives import CoherentMemory, clock_ns
-from waveos.process import start_time
+from waveos.process import end_with, start_time
 from waveos.record import VERSION
 from waveos.sched.laws import DEPTH, failure, make_runtime
 from waveos.sched.records import KICKED, MAX_CPUS, MAX_THREADS, MESSAGE
@@ -54,7 +53,6 @@ TAPE_RECORDS = 16 * TAPE
 PATIENCE_S = 5.0
 SWITCH_S = 0.000_5
 """How long the compiling of another policy may keep the loop from going on."""
-_PR_SET_PDEATHSIG = 1
 SIZES = {"cpus": (1, MAX_CPUS), "threads": (1, MAX_THREADS), "ahead": (0, DEPTH - 1)}
 """What a runtime is made for: least and most."""
 RUNTIME_COUNTERS = ("waiting", "dropped", "restaged", "redelivered", "unserved")
@@ -446,10 +444,8 @@ def begin_life(core: int | None, nice: int, parent: int | None = None) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    if parent is not None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            raise SystemExit(0)
+    if parent is not None and not end_with(parent, signal.SIGTERM):
+        raise SystemExit(0)
     if core is not None:
         try:
             os.sched_setaffinity(0, {core})

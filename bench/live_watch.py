@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import mmap
 import os
 import signal
@@ -28,8 +27,8 @@ from waveos.host.service import Served
 from waveos.host.service.client import sleep_until
 from waveos.jit import jit
 from waveos.primitives import clock_ns, store
+from waveos.process import end_with
 
-PR_SET_PDEATHSIG = 1
 PERIOD_NS, ROUNDS = 1_000_000, 1_000
 """A look, some 3 us of work twice: 0.7 % of the CPU, in every scheduler's columns alike."""
 SAMPLES = 1 << 18
@@ -127,8 +126,7 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="the process that it ends with")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; whoever started us ends us
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != options.parent:
+    if not end_with(options.parent):
         return
     words = np.frombuffer(mmap.mmap(options.fd, 0), np.int64)
     _watch(words, 0)  # compiles it, before it is real-time

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from waveos.errors import PolicyError, WaveError
+from waveos.process import end_with
 
 SLICE_NS = 50_000_000
 """Wall time after which the engine hands control back."""
@@ -33,7 +34,6 @@ ENGINE = "waveos.ipu_emulator.job:open_job"
 
 _BEAT_BYTES = 4096
 _SLICE, _HANDLING = 0, 1  # 64-bit words: slices begun and ended (odd: inside one); type of the message at the policy, 0: none
-_PR_SET_PDEATHSIG = 1
 
 
 class Advancing(Protocol):
@@ -200,8 +200,7 @@ def open_pool(processes: int | None = None) -> Pool | Here:
 
 def serve(pipe_fd: int, beat_fd: int, parent: int, factory: str, path: list[str]) -> None:
     """What a child does: take a setup, run it in slices, send back (True, result) or (False, error), until the pipe closes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not end_with(parent):
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:] = path

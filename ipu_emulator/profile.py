@@ -16,6 +16,8 @@ from waveos.paths import cache_dir
 from waveos.record import RECORD_WORDS
 
 MITIGATIONS = ("wb", "wc_wt", "prestage", "prefetch")
+COLD = 12
+"""Steps of `cold_ns` at most: step k is for up to 2**k turns of others on the CPU since the thread's own last one."""
 Ns = Annotated[int, Field(ge=0, le=10**9)]
 
 
@@ -100,9 +102,9 @@ class HostProfile(_Table):
     interrupt_ns: Ns
     tick_period_us: Annotated[int, Field(ge=0)]
     tick_ns: Ns
-    cold_ns: Annotated[tuple[Ns, ...], Field(max_length=12)] = ()
+    cold_ns: Annotated[tuple[Ns, ...], Field(max_length=COLD)] = ()
     """What a thread takes longer for others that have run on its CPU since it did: after up to 1, 2, 4, ... turns of theirs; of more, or after another CPU, the
-    last. Empty: switch_ns is all."""
+    last. Empty: switch_ns is all. Of scheduling alone."""
 
     @model_validator(mode="after")
     def _ticks_leave_time(self) -> HostProfile:

@@ -1,9 +1,13 @@
-"""Which process, for certain: a pid may be given out again, a pid with its start time is one process for ever (until the next boot)."""
+"""Which process, for certain: a pid may be given out again, a pid with its start time is one process for ever (until the next boot). And whose it is."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
 
 
 def start_time(pid: int) -> int | None:
@@ -20,6 +24,12 @@ def start_time(pid: int) -> int | None:
     finally:
         os.close(fd)
     return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def end_with(parent: int, number: int = signal.SIGKILL) -> bool:
+    """From now on this process is sent the signal when its parent ends, however that ends. False: it has ended already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    return os.getppid() == parent
 
 
 def command_of(pid: int) -> str:

@@ -7,10 +7,8 @@ Messages are plain bytes: a request is the key's number (8 bytes, little-endian)
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -23,9 +21,9 @@ from typing import Any
 from waveos.errors import MissingError, WaveError
 from waveos.host.net.reuseport import ReuseportTable
 from waveos.host.net.topology import Network, inside
+from waveos.process import end_with
 
 START_S = 60.0
-PR_SET_PDEATHSIG = 1
 GET, RANGE = "/wave.Store/Get", "/wave.Store/Range"
 
 
@@ -116,7 +114,7 @@ def _main() -> None:
     parser.add_argument("line", type=int)
     parser.add_argument("--database", default="")
     options = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with(os.getppid())
     line = socket.socket(fileno=options.line)
     if not options.database:
         serve(options.address, options.number, line, lambda is_range, key: key.to_bytes(8, "little") * (8 if is_range else 1))

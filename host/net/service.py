@@ -27,8 +27,9 @@ from waveos.errors import WaveError
 from waveos.host.net.reuseport import ReuseportTable
 from waveos.host.net.topology import Network, inside
 from waveos.net.records import ANSWERED, REPLY, REQUEST, RPC, RPC_MAGIC, RPC_VERSION
+from waveos.process import end_with
 
-PR_SET_PDEATHSIG, PR_SET_TIMERSLACK = 1, 29
+PR_SET_TIMERSLACK = 29
 START_S = 60.0
 PACKET_BYTES = 2_048
 KIND, WORKER, STATUS, WORK = (int(RPC.fields[name][1]) for name in ("kind", "worker", "status", "work_ns"))  # type: ignore[index]
@@ -163,9 +164,8 @@ def _main() -> None:
     parser.add_argument("--shared", type=int, default=-1, help="a descriptor: the socket on the shared port")
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(PR_SET_TIMERSLACK, 1)
+    end_with(os.getppid())
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(options.nice)
     with contextlib.ExitStack() as stack:

@@ -17,14 +17,12 @@ import numpy as np
 from waveos.errors import ConfigError
 from waveos.host.sched import attributes
 from waveos.host.sched.governor import Adopt, Governor, Member
-from waveos.host.sched.half import CPUS
 from waveos.sched.records import PREEMPT
 
 OBJECT = Path(__file__).with_name("priority.bpf.o")
-ACT = np.dtype([("type", "u4"), ("pid", "u4"), ("cpu", "u4"), ("tid", "u4")])
-ACTS = np.dtype([("n", "u8"), ("act", ACT, (CPUS,))])
 FIRST, WORDS = 2, 4
-"""Where the acts begin, and how long one is, in words of 4 bytes: they are read as such, at a tenth of what NumPy's records cost."""
+"""Where the acts of `struct acts` begin, and how long one is (type, pid, cpu, tid), in words of 4 bytes: as such they are read at a tenth of what NumPy's
+records cost."""
 TAIL = 1
 
 
@@ -45,7 +43,7 @@ class Priority(Governor):
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)
-            self._acts = self._bpf.section(".bss.acts")[: ACTS.itemsize].view(np.uint32).data
+            self._acts = self._bpf.section(".bss.acts").view(np.uint32).data
             self._unsettle = self._bpf.program("unsettle")
             if self._bpf.program("prepare").run():
                 raise ConfigError("the kernel gave no timer to the mechanism 'priority'")

@@ -24,8 +24,8 @@ from typing import Any
 from waveos.errors import WaveError
 from waveos.host import rocksdb
 from waveos.host.service.board import DONE_NS, FREE, KEY, LINE_WORDS, PID, REQUEST_WORDS, Board
+from waveos.process import end_with
 
-PR_SET_PDEATHSIG = 1
 MADV_POPULATE_READ = 22
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of Linux and glibc, whose headers are not at hand at run time."""
@@ -140,9 +140,8 @@ def _look_after(children: dict[int, int]) -> str:
 
 
 def _work(parent: int, board: Board, number: int, wake: int, database: Any, folder: str) -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        if os.getppid() == parent:
+        if end_with(parent):
             work(board, number, wake, database, folder)
         return 0
     except (WaveError, OSError) as error:

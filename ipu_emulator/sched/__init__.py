@@ -19,10 +19,10 @@ from waveos.histogram import middles_ns, quantile_ns
 from waveos.ipu_emulator import arrivals
 from waveos.ipu_emulator.arrivals import PHASES, REQUEST_CLASS, seed_streams
 from waveos.ipu_emulator.clock import NEVER, reset_clock
-from waveos.ipu_emulator.profile import MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
+from waveos.ipu_emulator.profile import COLD, MITIGATIONS, HostProfile, LinkProfile, link_costs, load_host, load_link
 from waveos.ipu_emulator.sched import fair
 from waveos.ipu_emulator.sched.engine import FINISHED, POLICY_FAILED, advance, begin, count_unfinished
-from waveos.ipu_emulator.sched.machine import BACKLOG, COLD, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
+from waveos.ipu_emulator.sched.machine import BACKLOG, COSTS, MACHINE, MAX_CLASSES, REQUEST, SAMPLE, UP
 from waveos.outcome import Outcome
 from waveos.policy import load_policy
 from waveos.sched.laws import BLOCKED, failure, make_runtime
@@ -160,7 +160,8 @@ class Simulation:
         cpus = setup.workers
         policy = fair.Fair if setup.placement == "kernel" and setup.policy == "kernel" else load_policy(setup.policy)
         self.bound = policy.bind(n_cpus=cpus, params=dict(setup.params))
-        costs, prestage = self._costs()
+        host = load_host(setup.host) if isinstance(setup.host, str) else setup.host
+        costs, prestage = self._costs(host)
         inline = setup.placement == "kernel"
         self.machine = np.zeros(1, MACHINE)
         m = self.machine
@@ -170,7 +171,7 @@ class Simulation:
         m["cost"], m["cpus"], m["threads"], m["up_cap"], m["backlog_cap"] = costs[0], cpus, setup.threads, setup.queue, setup.backlog
         m["warmup_ns"], m["stop_ns"] = setup.warmup_ns, setup.warmup_ns + setup.duration_ns
         m["end_ns"] = int((setup.warmup_ns + setup.duration_ns) * (1 + _DRAIN_SHARE))
-        m["cold_ns"], m["cost"]["cold"] = self._cold()
+        m["cold_ns"] = [*host.cold_ns, *[host.cold_ns[-1] if host.cold_ns else 0] * (COLD - len(host.cold_ns))]
         m["mean_gap_ns"] = NS_PER_S / setup.load_per_s if setup.load_per_s else 0.0
         m["streams"] = seed_streams(setup.seed)
         m["cpu"]["tid"] = -1
@@ -221,19 +222,12 @@ class Simulation:
                 f"a message queue of {setup.queue}; it must hold the host's state, {4 + 2 * setup.workers + 2 * setup.threads}, and at most {UP}"
             )
 
-    def _cold(self) -> tuple[list[int], int]:
-        """The host's `cold_ns`, the last of them for all that come after it; and whether there are any."""
-        host = load_host(self.setup.host) if isinstance(self.setup.host, str) else self.setup.host
-        steps = list(host.cold_ns) or [0]
-        return steps + steps[-1:] * (COLD - len(steps)), int(any(steps))
-
-    def _costs(self) -> tuple[np.ndarray[Any, Any], bool]:
+    def _costs(self, host: HostProfile) -> tuple[np.ndarray[Any, Any], bool]:
         setup = self.setup
-        host = load_host(setup.host) if isinstance(setup.host, str) else setup.host
         cost = np.zeros(1, COSTS)
         for name in ("entry_ns", "switch_ns", "wake_ns", "pick_ns", "tick_ns"):
             cost[name] = getattr(host, name)
-        cost["tick_period_ns"] = host.tick_period_us * 1_000
+        cost["tick_period_ns"], cost["cold"] = host.tick_period_us * 1_000, any(host.cold_ns)
         if setup.placement == "kernel":
             cost["inline"] = 1
             cost["kick_wire_ns"], cost["kick_receive_ns"] = host.ipi_wire_ns, host.interrupt_ns

@@ -18,7 +18,8 @@ from numba import carray
 from waveos.histogram import count_ns
 from waveos.ipu_emulator.arrivals import ARRIVAL, draw_class, draw_service_ns, exponential
 from waveos.ipu_emulator.clock import NEVER, first_due, set_due
-from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, COLD, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
+from waveos.ipu_emulator.profile import COLD
+from waveos.ipu_emulator.sched.machine import BACKLOG, BATCH, BUSY, DOWN, IDLE, KICKS, REQUEST, SAMPLE, UP
 from waveos.jit import as_pointer, jit, jit_inline
 from waveos.outcome import Outcome
 from waveos.record import VERSION

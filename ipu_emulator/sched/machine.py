@@ -7,6 +7,7 @@ import numpy as np
 from waveos.histogram import BINS
 from waveos.ipu_emulator.arrivals import REQUEST_CLASS, STREAMS
 from waveos.ipu_emulator.clock import CLOCK
+from waveos.ipu_emulator.profile import COLD
 from waveos.sched.laws import RUNTIME
 from waveos.sched.records import DECISION, MAX_CPUS, MAX_THREADS, MESSAGE
 
@@ -48,9 +49,6 @@ COSTS = np.dtype(
     ],
     align=True,
 )
-
-COLD = 12
-"""Steps of `cold_ns`: step k is for up to 2**k turns of others on the CPU since the thread's own last one."""
 
 HOST_CPU = np.dtype(
     [

@@ -71,6 +71,18 @@ def test_more_requests_than_workers_wait_with_the_client(service: Service) -> No
     assert np.all(served.done_ns) and max(with_workers) <= WORKERS
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be real-time")
+def test_the_client_is_real_time_while_it_sends_and_an_ordinary_process_before_and_after(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    checked = service._check
+    monkeypatch.setattr(service, "_await", lambda *_: seen.append(os.sched_getscheduler(0)))
+    monkeypatch.setattr(service, "_check", lambda: (seen.append(os.sched_getscheduler(0)), checked()))
+    load = draw_load(1_000, 50_000_000, 0, ENTRIES, rocksdb.RANGE_ENTRIES, seed=3)
+    assert np.all(service.serve(load, patience_s=30, heard=lambda: seen.append(os.sched_getscheduler(0))).done_ns)
+    assert seen[:3] == [os.SCHED_OTHER, os.SCHED_FIFO, os.SCHED_FIFO]  # before; after a slice of sending, twice
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_each_class_is_served_by_its_own_group(service: Service) -> None:
     before = [switches(pid) for pid in service.pids]
     load = Load(np.arange(200) * 200_000, np.arange(200))

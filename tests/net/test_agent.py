@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ from waveos.errors import LinkError
 from waveos.handover import hear, tell
 
 DEADLINE_S = 60.0
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """The agent that runs in this process leaves its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class Queues:

@@ -105,13 +105,14 @@ class Truth:
         self.seq = np.ones(tasks, np.int64)
         self.applied: list[tuple[int, int]] = []
         self.count = dict.fromkeys(Outcome, 0)
-        self.joins = 0
+        self.joins = self.replays = 0
 
     def step(self) -> None:
         """Once round, as a mechanism's loop."""
         if (joins := self.link.peer_joins()) != self.joins:
             self.joins = joins
-            self._say(Message.RESYNC, [-1], [0])
+            self.replays += 1
+            self._say(Message.RESYNC, [-1], [self.replays])
             self._say(Message.THREAD_NEW, np.arange(len(self.seq)), self.seq)
         changed = self.random.integers(0, len(self.seq), 3)
         self.seq[changed] += 1
@@ -135,7 +136,7 @@ class Mirror:
     """An agent that believes what it was told, and decides on all of it; `heard` has every state it may have decided on."""
 
     def __init__(self, link: Any) -> None:
-        self.link, self.seq, self.resyncs = link, dict[int, int](), 0
+        self.link, self.seq, self.replays = link, dict[int, int](), list[int]()
 
     def step(self) -> None:
         news = self.link.poll_messages()
@@ -144,7 +145,7 @@ class Mirror:
             if message["type"] == Message.RESYNC:
                 self.seq.clear()
                 told.clear()
-                self.resyncs += 1
+                self.replays.append(int(message["seq"]))
             elif message["tid"] >= 0:
                 self.seq[int(message["tid"])] = int(message["seq"])
                 told.add(int(message["tid"]))
@@ -179,7 +180,10 @@ def test_cuts_in_mid_speech_lose_frames_but_no_state_and_what_was_decided_on_los
             turn()
         until(lambda: turn() and not host.peer_alive(), "the host does not notice")
         wire.mend()
-    assert host.peer_joins() >= mirror.resyncs >= 5
+    until(lambda: turn() and host.peer_alive(), "it does not come back")
+    until(lambda: turn() and truth.joins == host.peer_joins() and mirror.replays[-1:] == [truth.replays], "it came back without its state")
+    assert len(mirror.replays) >= 6 and truth.replays <= host.peer_joins(), "at first, and after each cut"
+    assert mirror.replays == sorted(set(mirror.replays)), "a replay was heard twice, or after a later one"
     assert len(set(truth.applied)) == len(truth.applied), "a decision was applied twice"
     assert truth.count[Outcome.STALE] > 0 or host.stale > 0
     # Once all is said both sides know the same.
@@ -201,37 +205,45 @@ def test_a_host_that_was_cut_off_comes_back_by_the_same_session_if_nothing_was_l
 
 
 def test_hosts_that_come_back_in_another_order_each_find_their_own_state(machines, wire):
-    hosts = [machines.link("host", silence_s=2.0, about={"enclave": f"e{n}", "cpus": 1, "threads": 8}) for n in range(3)]
+    hosts = [machines.link("host", silence_s=0.5, about={"enclave": f"e{n}", "cpus": 1, "threads": 8}) for n in range(3)]
     machines.port = machines.agents_port
-    agentd = machines.agentd("fifo")
+    agentd, told = machines.agentd("fifo"), dict[int, int]()
     for number, host in enumerate(hosts):
         until(host.peer_alive, "no agent for a host")
-        _introduce(host, tid=number)
+        told[number] = _introduce(host, number)
     for number, host in enumerate(hosts):
-        assert _decided(host) == number
+        assert _decided(host, number, told[number]) == number
     wire.cut()
     until(lambda: not any(host.peer_alive() for host in hosts))
     wire.mend()
     for number in (2, 0, 1):
         until(hosts[number].peer_alive)
-        _introduce(hosts[number], tid=number + 3)
+        told[number] = _introduce(hosts[number], number + 3)
     for number, host in enumerate(hosts):
-        assert _decided(host) == number + 3
+        assert _decided(host, number + 3, told[number]) == number + 3
     assert agentd.poll() is None
 
 
-def _introduce(host: Any, tid: int) -> None:
-    """The state of an enclave with one idle CPU, and one thread that can run."""
-    told = np.zeros(5, MESSAGE)
+def _introduce(host: Any, tid: int) -> int:
+    """Tell the state of an enclave with one idle CPU, and one thread that can run. The agent that is told, by its join."""
+    joins, told = int(host.peer_joins()), np.zeros(5, MESSAGE)
     told["version"], told["subsystem"], told["tid"], told["cpu"] = VERSION, SUBSYSTEM, -1, -1
     told["type"] = Message.RESYNC, Message.CPU_NEW, Message.CPU_IDLE, Message.THREAD_NEW, Message.THREAD_RUNNABLE
     told["cpu"][1:3], told["tid"][3:], told["seq"] = 0, tid, 1
     assert host.send_messages(told) == 5
+    return joins
 
 
-def _decided(host: Any) -> int:
-    """The thread that is to run; its outcome is told."""
-    got = until(lambda: host.poll_txns(wait_ns=10_000_000).copy().tolist() or None)
+def _decided(host: Any, tid: int, joins: int) -> int:
+    """The thread that is to run, by an agent that was told; one that has joined since is told, too. Its outcome is told."""
+
+    def look() -> Any:
+        nonlocal joins
+        if host.peer_alive() and host.peer_joins() != joins:
+            joins = _introduce(host, tid)
+        return host.poll_txns(wait_ns=10_000_000).copy().tolist() or None
+
+    got = until(look)
     record = np.array(got, DECISION)[:1]
     outcome = np.zeros(1, OUTCOME)
     for name in ("version", "subsystem", "tid", "cpu", "txn"):
@@ -275,7 +287,7 @@ def test_a_peer_behind_a_cable_that_is_pulled_for_seconds_is_gone_and_comes_back
         subprocess.run([*pull, "up"], check=True)
         mark = len(truth.applied)
         until(lambda: turn() and len(truth.applied) > mark + 20, "it does not come back")
-        assert mirror.resyncs == host.peer_joins() >= 2
+        assert len(mirror.replays) == host.peer_joins() >= 2
         assert len(set(truth.applied)) == len(truth.applied)
     finally:
         for each in machines.open:

@@ -371,3 +371,25 @@ def test_a_thread_that_is_not_there_cannot_be_taken(enclave: Any) -> None:
     with pytest.raises(ProcessLookupError):
         enclave.mechanism.adopt(4_194_000)
     assert enclave.journal.entries == []
+
+
+def test_an_agent_lives_as_long_as_it_beats_and_is_given_up_once_it_is_silent(enclave: Any) -> None:
+    hand = Hand(enclave.mechanism)
+    enclave.mechanism._silent_ns = 500_000_000
+    for _ in range(3):
+        hand.beat()
+        enclave.mechanism.tick()
+    assert not hand.ended() and enclave.mechanism.counters()["fallbacks"] == 0
+    until(lambda: enclave.mechanism.tick() or hand.ended(), "the agent is lost")
+    assert enclave.mechanism.counters()["fallbacks"] == 1
+
+
+def test_a_member_whose_end_nobody_heard_of_is_none_for_long(enclave: Any) -> None:
+    worker, other = enclave.worker(), enclave.worker()
+    number = enclave.number(worker.pid)
+    worker.kill()
+    until(lambda: worker._process.poll() is not None, "the worker has ended")
+    enclave.mechanism._ring.poll()  # and is not told
+    assert number in enclave.mechanism.pids()
+    until(lambda: enclave.mechanism.tick() or number not in enclave.mechanism.pids(), "the number is free again")
+    assert other.pid in enclave.mechanism.pids().values()
