@@ -89,8 +89,8 @@ class Worker:
         until(self.blocked, "the worker waits for orders")
 
     def blocked(self) -> bool:
-        """It sleeps in read(2)."""
-        return Path(f"/proc/{self.pid}/wchan").read_text() in ("pipe_read", "anon_pipe_read", "0") and self.state() == "S"
+        """It sleeps in read(2), and no CPU has it any more."""
+        return Path(f"/proc/{self.pid}/wchan").read_text() in ("pipe_read", "anon_pipe_read")
 
     def state(self) -> str:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]

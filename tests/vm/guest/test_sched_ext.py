@@ -83,7 +83,8 @@ class Worker:
         until(self.sleeps, "a new worker waits for work")
 
     def sleeps(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S"
+        """It waits for work, and no CPU has it: whoever only is about to sleep, its state "S", is woken without being enqueued."""
+        return Path(f"/proc/{self.pid}/wchan").read_text() in ("pipe_read", "anon_pipe_read")
 
     def wake(self, how: bytes = b"w") -> None:
         """`w`: answer, then wait again; `s`: answer, then spin."""
