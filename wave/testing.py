@@ -156,6 +156,7 @@ class HostileHost:
         self.running = [-1] * agent.cpus
         self.cpu_seq = [0] * agent.cpus
         self.taken = [False] * agent.cpus
+        self.demoted: set[int] = set()
         self.rung = [False] * agent.cpus
         self.pending: list[list[Any]] = [[] for _ in range(agent.cpus)]
         self._messages: list[Records] = []
@@ -268,6 +269,7 @@ class HostileHost:
         if self.random.random() < 0.9:
             return
         self._unsent.clear()
+        self.demoted.clear()
         self._say(Message.RESYNC)
         for tid, state in enumerate(self.where):
             if state != "gone":
@@ -303,11 +305,33 @@ class HostileHost:
             self.where[tid] = "runnable"
             self.seq[tid] += 1
             self._say(Message.THREAD_RUNNABLE, tid=tid)
+            self._make_way(tid)
+
+    def _make_way(self, tid: int) -> None:
+        """A thread has woken: a demoted one leaves its CPU to it."""
+        for cpu, runs in enumerate(self.running):
+            if runs in self.demoted and not self.taken[cpu]:
+                self._take_off(cpu)
+                self.running[cpu], self.where[tid] = tid, "running"
+                self.seq[tid] += 1
+                self.cpu_seq[cpu] += 1
+                self._say(Message.THREAD_RUNNING, tid=tid, cpu=cpu)
+                return
+
+    def _take_off(self, cpu: int) -> None:
+        """The thread that runs on the CPU can run, and does not."""
+        tid = self.running[cpu]
+        self.running[cpu] = -1
+        self.seq[tid] += 1
+        self.cpu_seq[cpu] += 1
+        self.where[tid] = "runnable"
+        self._say(Message.THREAD_PREEMPTED, tid=tid, cpu=cpu)
 
     def _kill(self) -> None:
         tid = self.random.randrange(self.agent.threads)
         if self.where[tid] in ("blocked", "runnable"):
             self.where[tid] = "gone"
+            self.demoted.discard(tid)
             self.seq[tid] += 1
             self._say(Message.THREAD_DEAD, tid=tid)
 
@@ -328,6 +352,8 @@ class HostileHost:
         self.seq[tid] += 1
         self.cpu_seq[cpu] += 1
         self.where[tid] = "blocked" if kind == Message.THREAD_BLOCKED else "runnable"
+        if kind == Message.THREAD_BLOCKED:
+            self.demoted.discard(tid)
         self._say(kind, tid=tid, cpu=cpu, front=int(kind == Message.THREAD_PREEMPTED))
         self._next(cpu)
 
@@ -335,6 +361,8 @@ class HostileHost:
         """The CPU has no thread: apply the first decision that holds."""
         while self.pending[cpu] and not self.taken[cpu]:
             decision = self.pending[cpu].pop(0)
+            if decision["type"] == Decision.DEMOTE:
+                continue
             outcome = self._judge(decision, cpu)
             if outcome == Outcome.COMMITTED:
                 self._put(decision, cpu)
@@ -375,6 +403,11 @@ class HostileHost:
         for at, decision in enumerate(list(self.pending[cpu])):
             if not decision["flags"] & PREEMPT:
                 continue
+            if decision["type"] == Decision.DEMOTE:
+                if decision["cpu_seq"] == self.cpu_seq[cpu]:
+                    self.demoted.add(self.running[cpu])
+                self.pending[cpu].remove(decision)
+                return self._ring_again(cpu)
             if decision["cpu_seq"] != self.cpu_seq[cpu] or (decision["type"] == Decision.RUN and self._judge(decision, cpu) != Outcome.COMMITTED):
                 self.pending[cpu].remove(decision)
                 self._answer(decision, Outcome.STALE)
@@ -388,12 +421,7 @@ class HostileHost:
                 return
             for old in before:
                 self._answer(old, Outcome.SUPERSEDED)
-            tid = self.running[cpu]
-            self.running[cpu] = -1
-            self.seq[tid] += 1
-            self.cpu_seq[cpu] += 1
-            self.where[tid] = "runnable"
-            self._say(Message.THREAD_PREEMPTED, tid=tid, cpu=cpu)
+            self._take_off(cpu)
             self._put(decision, cpu)
             return
 
@@ -422,6 +450,7 @@ class HostileHost:
                 self.taken[cpu] = False
                 self._say(Message.CPU_BACK, cpu=cpu)
                 while self.pending[cpu]:
-                    self._answer(self.pending[cpu].pop(0), Outcome.CPU_UNAVAILABLE)
+                    if (decision := self.pending[cpu].pop(0))["type"] != Decision.DEMOTE:
+                        self._answer(decision, Outcome.CPU_UNAVAILABLE)
                 self._say(Message.CPU_IDLE, cpu=cpu)
                 return

@@ -223,7 +223,7 @@ class Governor:
         """Liveness, losses, numbers to be given again."""
         half = self._half
         if half.silent_ns() > self._silent_ns or half.abandoned:
-            half.stop()
+            self.agent_gone()
         half.keep_up()
         if half.live:
             self._enforce()
@@ -271,8 +271,9 @@ class Governor:
 
     def agent_gone(self) -> None:
         """Forget what was staged; the enclave's order is first come, first served."""
-        if self._half.live:
+        if self._half.live or self._half.abandoned:
             self._half.stop()
+            self._enforce()
 
     def _let_be(self) -> None:
         """No agent for long: the threads are the kernel's default again, and stay members."""

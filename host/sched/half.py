@@ -28,7 +28,8 @@ THREAD = np.dtype(
         ("epoch", "u4"),
         ("state", "u1"),
         ("dying", "u1"),
-        ("spare", "u1", (2,)),
+        ("demoted", "u1"),
+        ("lowered", "u1"),
         ("allowed", "u8", (CPUS // 64,)),
     ]
 )
@@ -46,6 +47,8 @@ CPU = np.dtype(
         ("rung", "u1"),
         ("deviates", "u1"),
         ("spare", "u1", (3,)),
+        ("claimant", "u4"),
+        ("spare2", "u4"),
         ("queue", DECISION, (STAGED,)),
     ]
 )

@@ -6,6 +6,9 @@
  * When a decision names another (the policy has an order of its own), or a preemption is asked for, hostd is woken; it moves a thread to the head or the
  * tail of the kernel's queue by raising or lowering its priority for a moment. Nothing here changes who runs.
  *
+ * A thread that is demoted has the next lower priority until it has slept, so that it makes way for whoever wakes by the kernel's own rule. hostd is needed
+ * twice: to lower it, and to raise it again, which is in time when it wakes.
+ *
  * A thread that runs in another's stead (a stray) is left alone for its first grace_ns: most are done by then, and an agent that is a little late would
  * have hostd take the CPU for longer than they do. A timer ends the grace; where all others wait for the stray nothing else would.
  */
@@ -22,19 +25,27 @@ u64 grace_ns = 50000; /* set by hostd */
 #define TRY (1u << 16)     /* and, counted from this bit on, how often that was of no use */
 
 /* What hostd is to do, in order. */
-enum act_type { ACT_TAIL = 1, ACT_HEAD };
+enum act_type { ACT_TAIL = 1, ACT_HEAD, ACT_LEVEL };
+#define ACT_LOW 4 /* and the thread's own level is then the lower one */
 struct act {
 	u32 type;
 	u32 pid;
 	u32 cpu; /* the kernel's */
 	s32 tid;
 };
-#define ACTS CPUS /* at most one a CPU */
+#define ACTS (4 * CPUS) /* at most two a CPU, and one for each that was demoted */
 struct acts {
 	u64 n;
 	struct act act[ACTS];
 };
 struct acts acts SEC(".bss.acts");
+
+/* Threads that hostd has lowered. Where they find no room nobody is demoted. */
+struct {
+	u64 n;
+	u64 kept; /* while the list is gone through; in memory, where the verifier does not follow it */
+	s32 tid[CPUS];
+} lowered SEC(".bss.lowered");
 
 struct alarm {
 	struct bpf_timer timer;
@@ -54,6 +65,12 @@ static __always_inline bool lingers(struct cpu *c, u64 now)
 	return t->ran_ns + (now - t->since_ns) >= grace_ns;
 }
 
+/* The decision is for a demoted thread, and one that is not demoted runs: that is what demotion is for. */
+static __always_inline bool overtaken(struct decision *d, struct cpu *c)
+{
+	return thread_at(d->tid)->demoted && !thread_at(c->stray)->demoted;
+}
+
 /* A thread that no decision put there is on the CPU: is it what was decided? True if hostd must step in. */
 static __always_inline bool compare(u32 cpu, u64 now)
 {
@@ -63,7 +80,7 @@ static __always_inline bool compare(u32 cpu, u64 now)
 	if (c->running >= 0 || c->stray < 0)
 		return false;
 	d = first(cpu, now);
-	if (!d) {
+	if (!d || overtaken(d, c)) {
 		accept(c->stray, cpu, now);
 		return false;
 	}
@@ -84,7 +101,7 @@ static __always_inline void count_try(u32 cpu, s32 tid)
 	struct cpu *c = cpu_at(cpu);
 	struct decision *d = head_of(c);
 
-	if (c->staged && d->flags & ORDERED && d->tid != tid) {
+	if (c->staged && d->flags & ORDERED && d->tid != tid && !thread_at(d->tid)->demoted) {
 		d->flags &= ~ORDERED;
 		d->flags += TRY;
 	}
@@ -230,6 +247,7 @@ int BPF_PROG(on_switch, bool preempt, struct task_struct *prev, struct task_stru
 static __always_inline int woken(struct task_struct *task)
 {
 	s32 tid = member_of(task);
+	bool raise;
 	u64 now;
 
 	if (tid < 0)
@@ -239,8 +257,9 @@ static __always_inline int woken(struct task_struct *task)
 	if (thread_at(tid)->state == BLOCKED)
 		change(tid, RUNNABLE, MESSAGE_THREAD_RUNNABLE, NOBODY, now);
 	drain(now);
+	raise = thread_at(tid)->lowered && !thread_at(tid)->demoted;
 	bpf_spin_unlock(&lock);
-	if (settle(now))
+	if (settle(now) || raise)
 		notify(EVENT_ATTEND, 0, NOBODY);
 	return 0;
 }
@@ -266,12 +285,98 @@ static __always_inline void order(u32 type, s32 tid, u32 cpu)
 	if (at >= ACTS || !thread_at(tid)->pid) /* 0 would be hostd itself */
 		return;
 	bounded(at, ACTS);
-	acts.act[at].type = type;
+	acts.act[at].type = type | (thread_at(tid)->lowered ? ACT_LOW : 0);
 	acts.act[at].pid = thread_at(tid)->pid;
 	acts.act[at].cpu = cpu_at(cpu)->kernel;
 	acts.act[at].tid = tid;
 	acts.n++;
 	host.acts++;
+}
+
+/* The thread that runs on the CPU was demoted: lower it. */
+static __always_inline void lower(u32 cpu)
+{
+	s32 tid = cpu_at(cpu)->running;
+	u64 at = lowered.n;
+	struct thread *t;
+
+	if (tid < 0)
+		return;
+	t = thread_at(tid);
+	if (!t->demoted || t->lowered)
+		return;
+	if (at >= CPUS) {
+		t->demoted = 0;
+		return;
+	}
+	bounded(at, CPUS);
+	lowered.tid[at] = tid;
+	lowered.n++;
+	t->lowered = 1;
+	order(ACT_LEVEL, tid, cpu);
+}
+
+/* Who was lowered and is not demoted any more, because it slept or no agent lives, is raised. Takes the lock. Not static, so that the verifier looks at it by
+ * itself; so is the next. */
+__noinline int raise_again(void)
+{
+	u32 i;
+
+	lowered.kept = 0;
+	bpf_for(i, 0, lowered.n) {
+		u64 at = i, to = lowered.kept;
+		struct thread *t;
+
+		bounded(at, CPUS);
+		bounded(to, CPUS);
+		bpf_spin_lock(&lock);
+		t = thread_at(lowered.tid[at]);
+		if (!host.live)
+			t->demoted = 0;
+		if (t->demoted) {
+			lowered.tid[to] = lowered.tid[at];
+			lowered.kept++;
+		} else if (t->lowered) { /* else the number is another's by now */
+			t->lowered = 0;
+			order(ACT_LEVEL, lowered.tid[at], 0);
+		}
+		bpf_spin_unlock(&lock);
+	}
+	lowered.n = lowered.kept;
+	return 0;
+}
+
+/* What there is to be done about a CPU for which something was decided. Takes the lock. */
+__noinline int see_to(u32 cpu, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	struct decision *d;
+	bool leaves;
+
+	bpf_spin_lock(&lock);
+	c->rung = 0;
+	leaves = take_up(cpu, now);
+	lower(cpu);
+	if (leaves)
+		order(ACT_TAIL, c->running, cpu);
+	if (c->running < 0) {
+		d = first(cpu, now);
+		if (c->stray >= 0 && (!d || overtaken(d, c)))
+			accept(c->stray, cpu, now);
+		else if (d && d->tid == c->stray)
+			commit(d, cpu, now);
+		else if (d && d->flags >= TRIES * TRY) {
+			give_up(d, cpu, now);
+			if (c->stray >= 0 && !first(cpu, now))
+				accept(c->stray, cpu, now);
+		} else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1)) {
+			d->flags |= ORDERED;
+			order(ACT_HEAD, d->tid, cpu);
+		}
+	}
+	c->deviates = 0;
+	bpf_spin_unlock(&lock);
+	return 0;
 }
 
 SEC("syscall")
@@ -325,33 +430,9 @@ int attend(void *context)
 		if (taken < DRAIN)
 			break;
 	}
-	bpf_for(cpu, 0, host.cpus) {
-		struct cpu *c = cpu_at(cpu);
-		struct decision *d;
-
-		if (!c->staged)
-			continue;
-		bpf_spin_lock(&lock);
-		c->rung = 0;
-		if (take_up(cpu, now))
-			order(ACT_TAIL, c->running, cpu);
-		if (c->running < 0) {
-			d = first(cpu, now);
-			if (!d && c->stray >= 0)
-				accept(c->stray, cpu, now);
-			else if (d && d->tid == c->stray)
-				commit(d, cpu, now);
-			else if (d && d->flags >= TRIES * TRY) {
-				give_up(d, cpu, now);
-				if (c->stray >= 0 && !first(cpu, now))
-					accept(c->stray, cpu, now);
-			} else if (d && (c->stray >= 0 ? lingers(c, now) : host.cpus > 1)) {
-				d->flags |= ORDERED;
-				order(ACT_HEAD, d->tid, cpu);
-			}
-		}
-		c->deviates = 0;
-		bpf_spin_unlock(&lock);
-	}
+	raise_again();
+	bpf_for(cpu, 0, host.cpus)
+		if (cpu_at(cpu)->staged)
+			see_to(cpu, now);
 	return acts.n;
 }

@@ -105,15 +105,48 @@ void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
 	bpf_spin_unlock(&lock);
 }
 
+/* A thread wakes: a CPU whose thread is demoted is to make way for it, unless one idles, of which the agent disposes. NOBODY: none is. Takes the lock. */
+static __always_inline s32 claim_cpu(s32 tid)
+{
+	struct thread *t = thread_at(tid);
+	s32 claimed = NOBODY;
+	bool idle = false;
+	u32 cpu;
+
+	bpf_for(cpu, 0, host.cpus) {
+		struct cpu *c = cpu_at(cpu);
+
+		bpf_spin_lock(&lock);
+		if (c->running < 0)
+			idle |= !c->taken;
+		else if (!idle && claimed < 0 && !c->claimant && !c->taken && thread_at(c->running)->demoted && t->state == RUNNABLE && !t->demoted &&
+			 (t->allowed[(cpu >> 6) & (CPUS / 64 - 1)] >> (cpu & 63)) & 1)
+			claimed = cpu;
+		bpf_spin_unlock(&lock);
+	}
+	if (idle || claimed < 0)
+		return NOBODY;
+	cpu_at(claimed)->claimant = 1 + tid;
+	return claimed;
+}
+
 SEC("struct_ops/enqueue")
 void BPF_PROG(wave_enqueue, struct task_struct *p, u64 enq_flags)
 {
-	s32 tid = member_of(p);
+	s32 tid = member_of(p), cpu;
 
-	if (tid < 0 || elsewhere(thread_at(tid))) /* of the class, but not ours: as if there were no scheduler */
+	if (tid < 0 || elsewhere(thread_at(tid))) { /* of the class, but not ours: as if there were no scheduler */
 		insert(p, SCX_DSQ_GLOBAL, SCX_SLICE_DFL, enq_flags);
-	else
-		insert(p, HELD, SCX_SLICE_INF, enq_flags);
+		return;
+	}
+	insert(p, HELD, SCX_SLICE_INF, enq_flags);
+	if (!(enq_flags & enq_flag(SCX_ENQ_WAKEUP)) || !governed())
+		return;
+	cpu = claim_cpu(tid);
+	if (cpu >= 0 && !kick(cpu_at(cpu)->kernel, SCX_KICK_PREEMPT)) {
+		cpu_at(cpu)->rung = 1;
+		notify(EVENT_ATTEND, 0, cpu);
+	}
 }
 
 SEC("struct_ops/running")
@@ -294,12 +327,26 @@ void BPF_PROG(wave_disable, struct task_struct *p)
 
 /* ── a CPU's ───────────────────────────────────────────────────────────────────────────────────────────────────────── */
 
+/* The demoted thread on the CPU makes way for the one that woke. */
+static __always_inline void make_way(u32 cpu, u64 now)
+{
+	struct cpu *c = cpu_at(cpu);
+	s32 tid = (s32)c->claimant - 1;
+
+	c->claimant = 0;
+	if (tid < 0 || c->running < 0 || !thread_at(c->running)->demoted || thread_at(tid)->state != RUNNABLE)
+		return;
+	vacate(cpu, MESSAGE_THREAD_PREEMPTED, now);
+	accept(tid, cpu, now);
+}
+
 /* The CPU looks for its next thread: take in what came for it. */
 static __always_inline void arrive(u32 cpu, u64 now)
 {
 	struct cpu *c = cpu_at(cpu);
 
 	drain(now);
+	make_way(cpu, now);
 	if (c->rung) {
 		c->rung = 0;
 		if (take_up(cpu, now))

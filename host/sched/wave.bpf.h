@@ -65,7 +65,8 @@ struct thread {
 	u32 epoch;     /* of the replay in which the agent heard of it */
 	u8 state;
 	u8 dying;
-	u8 spare[2];
+	u8 demoted;    /* makes way for others that wake, until it blocks */
+	u8 lowered;    /* mechanism `priority`: hostd has given it the lower priority */
 	u64 allowed[CPUS / 64]; /* enclave CPUs it may run on */
 };
 struct cpu {
@@ -81,6 +82,8 @@ struct cpu {
 	u8 rung;       /* its doorbell rang: look at the queue */
 	u8 deviates;   /* what runs is not what was decided; told to hostd */
 	u8 spare[3];
+	u32 claimant;  /* mechanism `sched_ext`: 1 + a thread that woke, for which the demoted one makes way when the CPU looks; 0: none */
+	u32 spare2;
 	struct decision queue[STAGED];
 };
 struct host {
@@ -432,7 +435,8 @@ static __noinline struct decision *first(u32 cpu, u64 now)
 		if (verdict == OUTCOME_COMMITTED)
 			return d;
 		drop_head(c);
-		answer(d, cpu, verdict, now);
+		if (d->type != DECISION_DEMOTE) /* of a thread that has left; it has no outcome */
+			answer(d, cpu, verdict, now);
 	}
 	return NULL;
 }
@@ -482,6 +486,8 @@ static __noinline void vacate(u32 cpu, u32 type, u64 now)
 	c->seq++;
 	t->seq++;
 	t->state = type == MESSAGE_THREAD_BLOCKED ? BLOCKED : type == MESSAGE_THREAD_DEAD ? ABSENT : RUNNABLE;
+	if (t->state != RUNNABLE)
+		t->demoted = 0;
 	tell(type, tid, cpu, 0, now);
 	if (type == MESSAGE_THREAD_BLOCKED)
 		t->ran_ns = 0;
@@ -494,6 +500,8 @@ static __always_inline void change(s32 tid, u32 state, u32 type, u32 cpu, u64 no
 
 	t->seq++;
 	t->state = state;
+	if (state != RUNNABLE)
+		t->demoted = 0;
 	tell(type, tid, cpu, 0, now);
 	if (state == BLOCKED)
 		t->ran_ns = 0;
@@ -535,7 +543,7 @@ static __noinline u32 drain(u64 now)
 			*(volatile u64 *)&txns.header[RING_CREDIT_AT] = host.down_credit;
 		}
 		host.decisions++;
-		if (((word >> 32) & 0xff) != WAVE_VERSION || ((word >> 40) & 0xff) != WAVE_SUBSYSTEM_SCHED || d.type < DECISION_RUN || d.type > DECISION_KICK) {
+		if (((word >> 32) & 0xff) != WAVE_VERSION || ((word >> 40) & 0xff) != WAVE_SUBSYSTEM_SCHED || d.type < DECISION_RUN || d.type > DECISION_DEMOTE) {
 			answer(&d, 0, OUTCOME_INVALID, now);
 			continue;
 		}
@@ -548,7 +556,7 @@ static __noinline u32 drain(u64 now)
 			c->rung = 1;
 		if (d.type == DECISION_KICK)
 			continue;
-		if (d.type == DECISION_YIELD_CPU)
+		if (d.type == DECISION_YIELD_CPU || d.type == DECISION_DEMOTE)
 			d.tid = NOBODY;
 		else if (d.tid < 0 || d.tid >= THREADS || !thread_at(d.tid)->pid) {
 			answer(&d, number, d.tid < 0 || d.tid >= THREADS ? OUTCOME_INVALID : OUTCOME_NOT_IN_ENCLAVE, now);
@@ -566,7 +574,8 @@ static __noinline u32 drain(u64 now)
 	return host.down_next - before;
 }
 
-/* The doorbell rang: a preemption in the CPU's queue that holds is taken up. True if the thread that runs there is to leave for what is then staged. */
+/* The doorbell rang: a preemption in the CPU's queue that holds is taken up, demotions before it as well. True if the thread that runs there is to leave for
+ * what is then staged. */
 static __noinline bool take_up(u32 cpu, u64 now)
 {
 	struct cpu *c = cpu_at(cpu);
@@ -604,6 +613,11 @@ static __noinline bool take_up(u32 cpu, u64 now)
 			c->queue[to] = c->queue[from_at];
 		}
 		drop_head(c);
+		if (kept.type == DECISION_DEMOTE) {
+			if (verdict == OUTCOME_COMMITTED)
+				thread_at(c->running)->demoted = 1;
+			continue;
+		}
 		answer(&kept, cpu, verdict, now);
 		if (verdict == OUTCOME_COMMITTED)
 			return true;
@@ -666,8 +680,10 @@ static __always_inline u32 replay(u32 from, u64 now)
 			bpf_spin_lock(&lock);
 			c->staged = 0;
 			c->rung = c->deviates = c->idle = 0;
-			if (c->running >= 0)
+			if (c->running >= 0) {
+				thread_at(c->running)->demoted = 0; /* the new agent's policy knows nothing of it */
 				tell(MESSAGE_THREAD_NEW, c->running, NOBODY, 0, now);
+			}
 			say(MESSAGE_CPU_NEW, c->running, cpu, 0, now);
 			if (c->taken)
 				say(MESSAGE_CPU_TAKEN, NOBODY, cpu, 0, now);
@@ -685,6 +701,7 @@ static __always_inline u32 replay(u32 from, u64 now)
 		bpf_spin_lock(&lock);
 		room = !host.lost && host.up_next - *(volatile u64 *)&messages.header[RING_CREDIT_AT] + 64 < MESSAGES;
 		if (room && t->state != ABSENT && t->epoch != host.epoch) {
+			t->demoted = 0;
 			tell(MESSAGE_THREAD_NEW, tid, NOBODY, 0, now);
 			if (t->state == RUNNABLE)
 				say(MESSAGE_THREAD_RUNNABLE, tid, NOBODY, 0, now);
@@ -713,7 +730,7 @@ int adopt(struct adopt *a)
 	bpf_spin_lock(&lock);
 	t->pid = a->pid;
 	t->state = BLOCKED;
-	t->dying = 0;
+	t->dying = t->demoted = t->lowered = 0;
 	t->cpu = NOBODY;
 	t->ran_ns = 0;
 	t->since_ns = now; /* it may be on a CPU as it joins */

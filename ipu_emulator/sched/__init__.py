@@ -232,6 +232,7 @@ class Simulation:
             cost["inline"] = 1
             cost["kick_wire_ns"], cost["kick_receive_ns"] = host.ipi_wire_ns, host.interrupt_ns
             return cost, False
+        cost["ipi_wire_ns"], cost["interrupt_ns"] = host.ipi_wire_ns, host.interrupt_ns
         wanted = "on-host" if setup.placement == "on-host" and setup.link == "mount-evans" else setup.link
         link = load_link(wanted) if isinstance(wanted, str) else wanted
         costs = link_costs(link, setup.mitigations)

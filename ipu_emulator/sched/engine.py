@@ -28,6 +28,7 @@ from waveos.sched.laws import (
     BLOCKED,
     CPU_IDLE,
     CPU_NEW,
+    DEMOTE,
     KICK,
     RESYNC,
     RUN,
@@ -37,6 +38,7 @@ from waveos.sched.laws import (
     THREAD_NEW,
     THREAD_PREEMPTED,
     THREAD_RUNNABLE,
+    THREAD_RUNNING,
     TXN_OUTCOME,
     YIELD_CPU,
     feed,
@@ -279,12 +281,14 @@ def _commit(m: Any, at_ns: int, own_cpu: int) -> Any:
 
 @jit_inline
 def _arm_kick(m: Any, cpu: int) -> None:
-    """The doorbell is taken when it arrives, or when the CPU leaves the kernel."""
+    """The doorbell, or the host's own interrupt, is taken when it arrives, or when the CPU leaves the kernel."""
     c = m.cpu[cpu]
     due = NEVER
     if c.kick_n:
-        due = max(m.kick_ns[cpu, 0], c.free_ns)
-    set_due(m.clock, m.cpus + cpu, due)
+        due = m.kick_ns[cpu, 0]
+    if c.claim_ns:
+        due = min(due, c.claim_ns)
+    set_due(m.clock, m.cpus + cpu, due if due == NEVER else max(due, c.free_ns))
 
 
 @jit_inline
@@ -329,6 +333,7 @@ def _resync(m: Any, at_ns: int) -> None:
     now = max(at_ns, m.waker_free_ns)
     now = _send(m, RESYNC, -1, -1, 0, now)
     for tid in range(m.threads):
+        m.thread[tid].demoted = 0
         if m.thread[tid].state != BLOCKED:
             now = _send(m, THREAD_NEW, tid, -1, 0, now)
     for cpu in range(m.cpus):
@@ -391,24 +396,37 @@ def _cold_ns(m: Any, cpu: int, tid: int) -> int:
 @jit_inline
 def _start(m: Any, cpu: int, txn: Any, at_ns: int) -> None:
     """Commit: the thread goes onto the CPU. `at_ns`: the check is done, the report is not."""
-    cost = m.cost
-    c, t = m.cpu[cpu], m.thread[txn.tid]
+    _place(m, cpu, txn.tid)
+    now = _send_outcome(m, txn, COMMITTED, cpu, at_ns - txn.time_ns, at_ns)
+    m.committed += 1
+    _switch(m, cpu, txn.tid, at_ns, now)
+
+
+@jit_inline
+def _place(m: Any, cpu: int, tid: int) -> None:
+    """The thread is the CPU's."""
+    c, t = m.cpu[cpu], m.thread[tid]
     t.seq += 1
     t.state = RUNNING
     c.seq += 1
-    now = _send_outcome(m, txn, COMMITTED, cpu, at_ns - txn.time_ns, at_ns)
-    now += cost.flush_ns
+
+
+@jit_inline
+def _switch(m: Any, cpu: int, tid: int, at_ns: int, told_ns: int) -> None:
+    """The CPU goes over to the thread, of which it has told the agent between `at_ns` and `told_ns`."""
+    cost = m.cost
+    c, t = m.cpu[cpu], m.thread[tid]
+    now = told_ns + cost.flush_ns
     m.link_stall_ns += now - at_ns
     switch_ns = cost.switch_ns
     if cost.cold:
-        switch_ns += _cold_ns(m, cpu, txn.tid)
+        switch_ns += _cold_ns(m, cpu, tid)
     now += switch_ns
     m.switch_ns += switch_ns
     m.switches += 1
-    m.committed += 1
-    c.tid, c.state, c.start_ns, c.free_ns, c.left_ns, c.ran_before_ns = txn.tid, BUSY, now, now, t.work_ns, t.ran_ns
+    c.tid, c.state, c.start_ns, c.free_ns, c.left_ns, c.ran_before_ns = tid, BUSY, now, now, t.work_ns, t.ran_ns
     count_ns(m.ready, now - t.ready_ns)
-    _trace(m, now, T_RUN_BEGIN, cpu, txn.tid, t.request_class, t.request)
+    _trace(m, now, T_RUN_BEGIN, cpu, tid, t.request_class, t.request)
     set_due(m.clock, cpu, _finish_ns(cost, now, t.work_ns))
 
 
@@ -442,6 +460,9 @@ def _next_thread(m: Any, cpu: int, at_ns: int, seen_ns: int) -> None:
         if not found:
             break
         d = m.down[cpu, 0]
+        if d.type == DEMOTE:  # of a thread that has left
+            _drop_down(m, cpu, 0)
+            continue
         outcome = _check(m, d) if d.type == RUN and not d.flags & PREEMPT else COMMITTED
         if d.type == RUN and d.flags & PREEMPT:
             outcome = _check(m, d) if d.cpu_seq == c.seq else STALE
@@ -491,7 +512,7 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     t.ran_ns += c.left_ns
     t.work_ns = 0
     t.seq += 1
-    t.state = BLOCKED
+    t.state, t.demoted = BLOCKED, 0
     c.seq += 1
     _trace(m, now_ns, T_RUN_END, cpu, tid, END_BLOCKED, t.ran_ns - c.ran_before_ns)
     now = now_ns + cost.entry_ns
@@ -513,27 +534,32 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
 
 @jit
 def _doorbell(m: Any, cpu: int, now_ns: int) -> None:
-    """A doorbell's interrupt on a CPU."""
+    """A doorbell's interrupt on a CPU, or the host's own."""
     cost = m.cost
     c = m.cpu[cpu]
-    for i in range(1, c.kick_n):
-        m.kick_ns[cpu, i - 1] = m.kick_ns[cpu, i]
-    c.kick_n -= 1
-    now = now_ns + cost.kick_receive_ns
-    m.interrupt_ns += cost.kick_receive_ns
+    claimant, taken_ns = -1, cost.kick_receive_ns
+    if c.claim_ns and (c.kick_n == 0 or c.claim_ns <= m.kick_ns[cpu, 0]):
+        claimant, taken_ns = int(c.claimant), cost.interrupt_ns
+        c.claim_ns = 0
+    else:
+        for i in range(1, c.kick_n):
+            m.kick_ns[cpu, i - 1] = m.kick_ns[cpu, i]
+        c.kick_n -= 1
+    now = now_ns + taken_ns
+    m.interrupt_ns += taken_ns
     if m.trace_until_ns:
         _draw(m, now_ns, T_KICK_SEEN, cpu, c.tid, 0, 0)
     if c.state == IDLE:
         _next_thread(m, cpu, now, now_ns)
     else:
-        _interrupted(m, cpu, now_ns, now)
+        _interrupted(m, cpu, now_ns, now, claimant)
     if not cost.inline:
         _wake_agent(m)
 
 
 @jit
-def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
-    """A doorbell rang while a thread runs: look through the decisions for a preemption that still holds."""
+def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int, claimant: int) -> None:
+    """A doorbell rang while a thread runs: look through the decisions for a preemption that still holds. Or `claimant` woke, and a demoted one makes way."""
     cost = m.cost
     c = m.cpu[cpu]
     now = now_ns
@@ -546,7 +572,11 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
         now += read
         m.link_stall_ns += read
         d = m.down[cpu, i]
-        if d.flags & PREEMPT:
+        if d.type == DEMOTE:
+            if d.cpu_seq == c.seq:
+                m.thread[c.tid].demoted = 1
+            _drop_down(m, cpu, i)
+        elif d.flags & PREEMPT:
             outcome = COMMITTED if d.cpu_seq == c.seq else STALE
             if outcome == COMMITTED and d.type == RUN:
                 outcome = _check(m, d)
@@ -567,7 +597,8 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
     t.ran_ns += ran
     c.left_ns -= ran
     t.work_ns = c.left_ns
-    if chosen < 0 or c.left_ns == 0:
+    made_way = chosen < 0 and claimant >= 0 and t.demoted and m.thread[claimant].state == RUNNABLE
+    if c.left_ns == 0 or (chosen < 0 and not made_way):
         c.start_ns, c.free_ns = now, now
         set_due(m.clock, cpu, _finish_ns(cost, now, c.left_ns))
         _arm_kick(m, cpu)
@@ -578,6 +609,14 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int) -> None:
     t.ready_ns = now
     c.seq += 1
     _trace(m, begin_ns, T_RUN_END, cpu, tid, END_PREEMPTED, t.ran_ns - c.ran_before_ns)
+    if made_way:
+        before = now
+        now = _send(m, THREAD_PREEMPTED, tid, cpu, 0, now)
+        _place(m, cpu, claimant)
+        now = _send(m, THREAD_RUNNING, claimant, cpu, 0, now)
+        _switch(m, cpu, claimant, before, now)
+        _arm_kick(m, cpu)
+        return
     d = m.down[cpu, chosen]
     if d.type == YIELD_CPU:
         before = now
@@ -625,7 +664,24 @@ def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: 
         _settle(m, now)
         _commit(m, now, -1)
     else:
+        _claim_cpu(m, tid, now)
         _wake_agent(m)
+
+
+@jit_inline
+def _claim_cpu(m: Any, tid: int, at_ns: int) -> None:
+    """A thread has woken: if no CPU idles, one that runs a demoted thread is interrupted."""
+    claimed = -1
+    for cpu in range(m.cpus):
+        c = m.cpu[cpu]
+        if c.state == IDLE:
+            return
+        if claimed < 0 and c.tid >= 0 and c.claim_ns == 0 and m.thread[c.tid].demoted:
+            claimed = cpu
+    if claimed >= 0:
+        c = m.cpu[claimed]
+        c.claim_ns, c.claimant = at_ns + m.cost.ipi_wire_ns + 1, tid
+        _arm_kick(m, claimed)
 
 
 @jit

@@ -42,6 +42,8 @@ COSTS = np.dtype(
             "kick_send_ns",
             "kick_wire_ns",
             "kick_receive_ns",
+            "ipi_wire_ns",  # of the host's own interrupts, by which it takes a CPU from a demoted thread
+            "interrupt_ns",
             "cold",  # whether cold_ns holds anything
             "message_ns",  # the policy's own service time for a message, on the agent's core
             "inline",  # the policy runs in the kernel, on the CPU that calls it: no agent, no link
@@ -62,6 +64,8 @@ HOST_CPU = np.dtype(
         ("free_ns", "i8"),  # the CPU is in the kernel until here
         ("down_n", "i8"),
         ("kick_n", "i8"),
+        ("claim_ns", "i8"),  # when the host's own interrupt arrives for a thread that woke: the demoted one makes way; 0: none is on its way
+        ("claimant", "i8"),  # that thread
     ],
     align=True,
 )
@@ -79,6 +83,7 @@ HOST_THREAD = np.dtype(
         ("state", "u1"),  # as in laws: BLOCKED, RUNNABLE, RUNNING
         ("request_class", "u1"),
         ("qos", "u1"),
+        ("demoted", "u1"),
     ],
     align=True,
 )

@@ -334,6 +334,8 @@ class _World:
     def _commit(self, decision: Any, at: int, own: int) -> int:
         """Write a decision into its CPU's queue, and ring its doorbell if it says so. Returns when the agent's core is done with it."""
         cpu = int(decision["cpu"])
+        if decision["type"] == Decision.DEMOTE:
+            return at  # this host knows no demotion
         if decision["type"] != Decision.KICK:
             self.counts["decisions"] += 1
             if len(self.cpus[cpu].down) == DOWN:

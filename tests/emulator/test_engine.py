@@ -24,7 +24,7 @@ MIXED = (
 )
 BASE = Setup("shinjuku", 250_000, MIXED, duration_ns=20_000_000, message_ns=40, seed=7, workers=6, threads=256)
 PLACES = ("kernel", "on-host", "offload")
-POLICIES = ("fifo", "shinjuku", "shinjuku_mq", "edf")
+POLICIES = ("fifo", "shinjuku", "shinjuku_mq", "edf", "mlfq")
 
 
 def base(**changes):
@@ -139,7 +139,7 @@ def test_workers_are_busy_for_exactly_the_work_there_was():
     assert machine["switches"] == machine["committed"] == 200
 
 
-@pytest.mark.parametrize("policy", ["shinjuku", "round_robin", "edf", "srpt"])
+@pytest.mark.parametrize("policy", ["shinjuku", "round_robin", "edf", "srpt", "mlfq"])
 def test_preemption_loses_and_invents_no_work(policy):
     host = load_host("server").model_copy(update={"tick_period_us": 0})
     rng = np.random.default_rng(3)
@@ -148,6 +148,39 @@ def test_preemption_loses_and_invents_no_work(policy):
     result, machine = run(base(policy=policy, host=host, arrivals=trace, params={} if policy in ("edf", "srpt") else {"quantum_us": 10}))
     assert result.preemptions > 50
     assert machine["busy_ns"] == trace["service_ns"].sum()
+
+
+@pytest.mark.parametrize("where", ["on-host", "offload"])
+def test_a_demoted_thread_makes_way_without_a_decision_at_the_cost_of_the_hosts_own_interrupt(where):
+    """One long request is demoted while nobody waits; each short one that comes then takes its CPU, to the nanosecond, and no agent is waited for.
+
+    The agent has heard of it meanwhile and staged it behind, which the host sees as it looks, a prefetch having begun as the interrupt came.
+    """
+    trace = requests((0, 400_000, 1), *((60_000 + 30_000 * i, 5_000, 0) for i in range(8)))
+    host = load_host("server").model_copy(update={"tick_period_us": 0})
+    result, machine = run(place(where, "mlfq", arrivals=trace, workers=1, threads=16, samples=100, duration_ns=2_000_000, host=host, params={"quantum_us": 20}))
+    cost = machine["cost"]
+    told = 2 * cost["write_ns"] + cost["flush_ns"]  # that one was preempted and the other runs
+    look = max(min(cost["hit_ns"], cost["read_ns"]), cost["read_ns"] - cost["interrupt_ns"])
+    way = look + cost["wake_ns"] + cost["write_ns"] + cost["flush_ns"] + cost["ipi_wire_ns"] + 1 + cost["interrupt_ns"] + told + cost["switch_ns"]
+    short = result.samples[result.samples["request_class"] == 0]
+    assert short["sojourn_ns"].tolist() == [way + 5_000] * 8
+    assert result.preemptions == 8
+    assert machine["busy_ns"] == trace["service_ns"].sum()
+    assert machine["switches"] == machine["committed"] + 8
+
+
+def test_a_demotion_that_comes_too_late_is_dropped():
+    """The thread blocks while its demotion is on its way: the next thread on the CPU is as fresh as any, and does not make way for the third."""
+    preempted = []
+    for ended_ns in range(29_000, 42_000, 250):
+        trace = requests((0, ended_ns, 1), (ended_ns + 2_000, 20_000, 0), (ended_ns + 4_000, 20_000, 0))
+        result, machine = run(place("offload", "mlfq", arrivals=trace, workers=1, threads=4, samples=10, duration_ns=2_000_000))
+        assert len(result.samples) == 3
+        assert machine["busy_ns"] == trace["service_ns"].sum()
+        preempted.append(result.preemptions)
+    assert preempted == sorted(preempted)
+    assert set(preempted) == {0, 2}  # it was not demoted, or makes way for both
 
 
 def test_outcomes_add_up():

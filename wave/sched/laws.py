@@ -35,7 +35,7 @@ from waveos.jit import as_pointer, call_dispatch, jit, jit_inline, store_word
 from waveos.outcome import Outcome
 from waveos.policy.bind import Bound
 from waveos.record import VERSION
-from waveos.sched.orders import ORDER_IDLE, ORDER_PREEMPT, ORDER_RUN, ORDER_RUN_NOW, ORDER_TIMER, ORDERS
+from waveos.sched.orders import ORDER_DEMOTE, ORDER_IDLE, ORDER_PREEMPT, ORDER_RUN, ORDER_RUN_NOW, ORDER_TIMER, ORDERS
 from waveos.sched.records import DECISION, KICKED, MAX_CPUS, MAX_THREADS, MESSAGE, PREEMPT, SUBSYSTEM, Decision, Message
 
 DEPTH = 4
@@ -72,7 +72,7 @@ REFUSED_NS = 10_000_000
     BATCH_END,
     RESYNC,
 ) = map(int, Message)
-RUN, YIELD_CPU, KICK = map(int, Decision)
+RUN, YIELD_CPU, KICK, DEMOTE = map(int, Decision)
 COMMITTED, CONGESTED, CPU_UNAVAILABLE = int(Outcome.COMMITTED), int(Outcome.CONGESTED), int(Outcome.CPU_UNAVAILABLE)
 
 # Where a thread is, as the newest message has it. WITHHELD: the policy ran it on a CPU that refuses it; its again once that CPU has been asked for.
@@ -345,6 +345,9 @@ def _apply(rt: Any) -> None:
                     _emit(rt, YIELD_CPU, -1, cpu, PREEMPT | KICKED)
                 else:
                     c.preempting = rt.preempting = 1
+        elif op == ORDER_DEMOTE:
+            if c.running >= 0:
+                _emit(rt, DEMOTE, -1, cpu, PREEMPT | KICKED)
         elif op == ORDER_TIMER:
             c.timer_ns, c.expired = 0, 0
             if orders.at_ns[i]:  # in the future, or a timer set to now from timer_expired would stop time

@@ -21,7 +21,7 @@ ORDERS = np.dtype(
     ],
     align=True,
 )
-ORDER_RUN, ORDER_RUN_NOW, ORDER_PREEMPT, ORDER_TIMER, ORDER_IDLE = 1, 2, 3, 4, 5
+ORDER_RUN, ORDER_RUN_NOW, ORDER_PREEMPT, ORDER_TIMER, ORDER_IDLE, ORDER_DEMOTE = 1, 2, 3, 4, 5, 6
 
 
 @jitable
@@ -49,6 +49,17 @@ def preempt(txns: Any, cpu: int, idle: bool = False) -> None:
     With `idle` also where there is no next: the CPU then waits, as core scheduling wants it while the sibling still runs another tenant.
     """
     _order(txns, ORDER_IDLE if idle else ORDER_PREEMPT, -1, cpu, 0)
+
+
+@jitable
+def demote(txns: Any, cpu: int) -> None:
+    """Let the running thread on `cpu` make way, until it blocks, for threads that become runnable: a preemption that is left with the host ahead of need.
+
+    The host itself gives the CPU to one that wakes and is not demoted, and tells of it: thread_runnable, thread_preempted, and thread_running with no decision
+    behind it. What waits already is for the policy to run. A host that finds another thread there, or knows no demotion, does nothing and tells nothing, so
+    a policy looks again by a timer.
+    """
+    _order(txns, ORDER_DEMOTE, -1, cpu, 0)
 
 
 @jitable

@@ -210,6 +210,11 @@ class Hand:
         """Ask for the CPU to be given to what is staged there."""
         return self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)
 
+    def demote(self, cpu: int = 0, **fields: Any) -> None:
+        """Have what runs there make way for others from now on; nothing is said of it."""
+        self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.DEMOTE, **fields)
+        self.mechanism.attend()
+
 
 @pytest.fixture(params=["priority", "sched_ext"])
 def enclave(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:

@@ -151,6 +151,72 @@ def test_a_preemption_of_what_no_longer_runs_is_stale(enclave: Any) -> None:
     runs(worker.pid)
 
 
+def go_on(enclave: Any, hand: Hand, worker: Any) -> None:
+    """The thread gets its CPU back, on which nothing else wants to run: by a decision, or because the kernel gives it to it."""
+    tid = int(enclave.number(worker.pid))
+    if enclave.kind == "sched_ext":
+        assert hand.outcome(hand.decide(tid)) is Outcome.COMMITTED
+    runs(worker.pid)
+
+
+def test_a_demoted_thread_makes_way_for_each_that_wakes_without_a_decision(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    a = place(enclave, hand, first)
+    hand.demote()
+    b = int(enclave.number(second.pid))
+    for _ in range(3):
+        heard = len(hand.listen())
+        second.run()
+        hand.told(Message.THREAD_PREEMPTED, a, heard)
+        hand.told(Message.THREAD_RUNNING, b, heard)
+        runs(second.pid)
+        second.rest()
+        hand.told(Message.THREAD_BLOCKED, b, heard)
+        go_on(enclave, hand, first)
+
+
+def test_a_thread_that_has_slept_is_demoted_no_more(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    a = place(enclave, hand, first)
+    usual = attributes.read(first.pid)
+    hand.demote()
+    first.rest()
+    hand.told(Message.THREAD_BLOCKED, a)
+    until(first.blocked, "it sleeps")
+    place(enclave, hand, first)
+    until(lambda: (enclave.mechanism.attend(), attributes.read(first.pid) == usual)[1], "it is as it was")
+    b = wait(enclave, hand, second)
+    runs(first.pid)
+    assert hand.types(b)[-1] == "THREAD_RUNNABLE"
+
+
+def test_a_demotion_of_what_no_longer_runs_there_is_passed_over(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, first)
+    hand.demote(cpu_seq=hand.cpu_seq[0] - 1)
+    b = wait(enclave, hand, second)
+    runs(first.pid)
+    assert hand.types(b)[-1] == "THREAD_RUNNABLE"
+
+
+def test_a_demotion_ends_with_its_agent(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    place(enclave, hand, first)
+    usual = attributes.read(first.pid)
+    hand.demote()
+    enclave.mechanism.agent_gone()
+    assert attributes.read(first.pid) == usual
+    hand = Hand(enclave.mechanism, generation=2)
+    runs(first.pid)
+    b = wait(enclave, hand, second)
+    runs(first.pid)
+    assert "THREAD_RUNNING" not in hand.types(b)
+
+
 def test_a_blocked_thread_is_not_run(enclave: Any) -> None:
     worker = enclave.worker()
     hand, tid = Hand(enclave.mechanism), enclave.number(worker.pid)

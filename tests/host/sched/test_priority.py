@@ -23,7 +23,7 @@ from waveos.host.sched import attributes
 from waveos.host.sched.half import THREADS
 from waveos.host.sched.priority import FIRST, TAIL, WORDS
 from waveos.outcome import Outcome
-from waveos.sched.records import Message
+from waveos.sched.records import KICKED, PREEMPT, Message
 
 pytestmark = pytest.mark.parametrize("enclave", ["priority"], indirect=True)
 
@@ -52,6 +52,43 @@ def test_hostd_hears_of_a_stray_that_outlives_its_grace_although_nothing_else_ha
     assert enclave.mechanism.counters()["strays"] == strays + 1, "said only when the kernel took it off the CPU for a while, and put it back"
     assert hand.outcome(staged) is Outcome.COMMITTED
     runs(decided.pid)
+
+
+def test_demoted_threads_are_moved_among_themselves(enclave: Any) -> None:
+    first, second = enclave.worker(), enclave.worker()
+    hand = Hand(enclave.mechanism)
+    a, usual = place(enclave, hand, first), attributes.read(first.pid)
+    hand.demote()
+    b = wait(enclave, hand, second)
+    hand.told(Message.THREAD_RUNNING, b)
+    hand.demote()
+    for tid, worker in ((a, first), (b, second)):
+        heard = len(hand.listen())
+        assert hand.outcome(hand.preempt()) is Outcome.COMMITTED  # to the tail of the lower level
+        hand.told(Message.THREAD_RUNNING, tid, heard)
+        runs(worker.pid)
+    assert hand.outcome(hand.decide(a, flags=KICKED | PREEMPT)) is Outcome.COMMITTED  # and to its head
+    runs(first.pid)
+    for worker in (first, second):
+        assert attributes.read(worker.pid).priority == usual.priority - 1
+
+
+def test_a_decision_for_a_demoted_thread_does_not_come_before_one_that_wakes(enclave: Any) -> None:
+    runner, demoted, third = (enclave.worker() for _ in range(3))
+    hand = Hand(enclave.mechanism)
+    a = place(enclave, hand, demoted)
+    hand.demote()
+    b = wait(enclave, hand, runner)
+    hand.told(Message.THREAD_RUNNING, b)
+    staged = hand.decide(a, flags=0)
+    c = wait(enclave, hand, third)
+    runner.rest()
+    hand.told(Message.THREAD_RUNNING, c)
+    runs(third.pid)
+    assert not [m for m in hand.heard if m["type"] == Message.TXN_OUTCOME]
+    third.rest()
+    assert hand.outcome(staged) is Outcome.COMMITTED
+    runs(demoted.pid)
 
 
 def nap_elsewhere(worker: Any) -> None:

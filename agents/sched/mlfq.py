@@ -1,0 +1,80 @@
+from waveos import sched
+from waveos.policy import Param, Policy, jitable, per_cpu, per_thread, pop, push, ring, size
+
+PATIENCE_NS = 100_000  # the host has a demoted thread make way by itself; if a thread still waits after, it is told to
+NOTHING, FRESH, DEMOTED = range(3)
+
+
+@jitable
+def wait(self, msg, txns):
+    """The thread goes into its level's queue. A demoted one that runs makes way for a fresh one, or is made to."""
+    if self.is_demoted[msg.tid]:
+        push(self.demoted, msg.tid, front=msg.front)
+        return
+    push(self.fresh, msg.tid, front=msg.front)
+    for cpu in range(self.cpus):
+        if self.running[cpu] == DEMOTED and not self.watched[cpu] and not self.taken[cpu]:
+            self.watched[cpu] = 1
+            sched.set_timer(txns, cpu, msg.time_ns + PATIENCE_NS)
+
+
+class Mlfq(Policy, subsystem=sched, name="mlfq"):
+    """A multilevel feedback queue of two levels (Corbató et al., 1962): who has run `quantum_us` since it last slept runs when nobody else wants to.
+
+    It is demoted once, and from then on the host gives its CPU to every thread that wakes, without asking; Shinjuku orders each of these preemptions.
+    """
+
+    quantum_us: Param = 30
+
+    fresh = ring(65_536)
+    demoted = ring(65_536)
+    is_demoted = per_thread("u1")
+    running = per_cpu("u1")
+    watched = per_cpu("u1")  # a timer is set, to see whether the demoted thread has made way
+    taken = per_cpu("u1")  # by a higher class of the kernel
+
+    def thread_new(self, msg, txns):
+        self.is_demoted[msg.tid] = 0
+
+    def thread_runnable(self, msg, txns):
+        wait(self, msg, txns)
+
+    def thread_running(self, msg, txns):
+        self.watched[msg.cpu] = 0
+        if self.is_demoted[msg.tid]:
+            self.running[msg.cpu] = DEMOTED
+            if size(self.fresh):
+                sched.preempt(txns, msg.cpu)
+        else:
+            self.running[msg.cpu] = FRESH
+            sched.set_timer(txns, msg.cpu, msg.time_ns + int(self.quantum_us * 1_000))
+
+    def timer_expired(self, msg, txns):
+        self.watched[msg.cpu] = 0
+        sched.set_timer(txns, msg.cpu, 0)
+        if self.running[msg.cpu] == FRESH:
+            self.is_demoted[msg.tid] = 1
+            self.running[msg.cpu] = DEMOTED
+            sched.demote(txns, msg.cpu)
+        if size(self.fresh) and not self.taken[msg.cpu]:
+            sched.preempt(txns, msg.cpu)
+
+    def thread_preempted(self, msg, txns):
+        self.running[msg.cpu] = NOTHING
+        wait(self, msg, txns)
+
+    def thread_blocked(self, msg, txns):
+        self.is_demoted[msg.tid] = 0
+        self.running[msg.cpu] = NOTHING
+
+    def cpu_taken(self, msg, txns):
+        self.taken[msg.cpu] = 1
+
+    def cpu_back(self, msg, txns):
+        self.taken[msg.cpu] = 0
+
+    def cpu_idle(self, msg, txns):
+        if size(self.fresh):
+            sched.run(txns, tid=pop(self.fresh), cpu=msg.cpu)
+        elif size(self.demoted):
+            sched.run(txns, tid=pop(self.demoted), cpu=msg.cpu)
