@@ -52,7 +52,7 @@ OPTIONS = {
     "seconds": (1.0, "length of a round"),
     "saturation_s": (20.0, "length of a window of the search for saturation"),
     "workers": (64, "worker processes: enough that a request seldom waits for one"),
-    "quantum_us": (200.0, "of the policy shinjuku: three to four decisions long (see decision_rtt)"),
+    "quantum_us": (200.0, "of both policies: three to four preemptions by hostd long"),
     "quick": (False, "2 rounds of 1 s, fewer columns, saturation over 1 s: for a look and for CI, not for figures"),
 }
 BTF = Path("/sys/kernel/btf/vmlinux")
@@ -162,7 +162,7 @@ class Bench:
 
     def __init__(self, plan: Plan, service: Service, watch: Watch, machine: dict[str, object]) -> None:
         self.plan, self.service, self.watch, self.machine = plan, service, watch, machine
-        self.told: list[dict[str, Any]] = []  # by hostd, a window of Wave's
+        self.told: dict[str, list[dict[str, Any]]] = {name: [] for name in WAVE}  # by hostd, a window each
         self.noisy: list[bool] = []  # whether a window was, by number
 
     def measure(self) -> dict[str, Any]:
@@ -173,32 +173,32 @@ class Bench:
         _tell(plan, "saturation of the kernel's default")
         saturations = {KERNEL: self._saturation(KERNEL, costs.capacity_per_s)}
         rate = LOAD_SHARE * saturations[KERNEL]
-        windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *plan.tuned, WAVE)}
+        windows: dict[str, list[Window]] = {name: [] for name in (KERNEL, *plan.tuned, *WAVE)}
         for number in range(plan.rounds):
             _tell(plan, f"round {number + 1} of {plan.rounds} at {rate:,.0f} requests/s")
             for name in windows:
                 windows[name].append(self.window(name, rate, plan.seed + number))
-        at_load = list(self.told)
+        at_load = {name: list(told) for name, told in self.told.items()}
         tuned = min(plan.tuned, key=lambda name: median(each.get_p99_us for each in windows[name]))
-        for name in (tuned, WAVE):
+        for name in (tuned, *WAVE):
             _tell(plan, f"saturation of {name}")
             saturations[name] = self._saturation(name, saturations[KERNEL])
         metrics: dict[str, Any] = {"rate_per_s": rate, "quantum_us": plan.quantum_us}
         spread: dict[str, list[float]] = {}
-        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), (WAVE, WAVE)):
+        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), *zip(WAVE, WAVE, strict=True)):
             metrics[f"{label}_saturation_per_s"] = saturations[name]
             for key in FIGURES:
                 values = [getattr(each, key) for each in windows[name]]
                 metrics[f"{label}_{key}"] = median(values)
                 spread[f"{label}_{key}"] = [min(values), max(values)]
         metrics["throttled_share"] = metrics["wave_throttled_share"]
-        metrics |= decision_times(at_load, plan.seed)
-        metrics["hostd_cpu_share"] = median(each["hostd"]["spent_ns"] * 1e-9 / each["hostd"]["spent_s"] for each in at_load)
-        metrics |= self._probed((KERNEL, WAVE), rate)
+        metrics |= decision_times(at_load["wave"], plan.seed)
+        metrics |= {"hostd_cpu_share": hostd_share(at_load["wave"]), "wave_mlfq_hostd_cpu_share": hostd_share(at_load["wave_mlfq"])}
+        metrics |= self._probed((KERNEL, *WAVE), rate)
         metrics |= self._hackbench()
         metrics |= costs.metrics()
-        wave = enforcement(at_load, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us)
-        metrics |= {"hostd_act_us": wave.cpu_ns / 1_000} | self._predict(saturations, wave)
+        enforced = {name: enforcement(name, told, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us) for name, told in at_load.items()}
+        metrics |= {"hostd_act_us": enforced["wave"].cpu_ns / 1_000} | self._predict(saturations, enforced)
         metrics["noisy_share"] = sum(self.noisy) / len(self.noisy)
         return {
             "name": "live",
@@ -225,14 +225,14 @@ class Bench:
             return look_back(served, before, read_usage(service.pids, plan.host_core, own), slow_ns)
 
         own: list[int] = []
-        if name == WAVE:
-            with Enclave(service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}) as enclave:
+        if name in WAVE:
+            with Enclave(service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}, WAVE[name]) as enclave:
                 first = enclave.status()["hostd"]
                 own.append(enclave.pid)
                 yield serve
                 told = enclave.status()
             told["hostd"] |= {"spent_ns": told["hostd"]["cpu_ns"] - first["cpu_ns"], "spent_s": told["hostd"]["up_s"] - first["up_s"]}
-            self.told.append(told)
+            self.told[name].append(told)
         else:
             with live_schedulers.kernel(service, name, plan.agent_core) as groups:
                 yield partial(serve, groups=groups)
@@ -300,11 +300,12 @@ class Bench:
     def _costs(self) -> live_costs.Costs:
         return live_costs.measure(self.service, self.watch, self.plan.host_core, self.plan.agent_core, self.plan.seed)
 
-    def _predict(self, saturations: dict[str, float], wave: live_prediction.Enforcement) -> dict[str, float]:
-        """Measured beside predicted, for the kernel's default and for Wave. Costs are measured anew for each load: a virtual machine is not the same for
+    def _predict(self, saturations: dict[str, float], wave: dict[str, live_prediction.Enforcement]) -> dict[str, float]:
+        """Measured beside predicted, for the kernel's default and for Wave's. Costs are measured anew for each load: a virtual machine is not the same for
         minutes."""
         plan, metrics = self.plan, dict[str, float]()
-        for name, enforced in ((KERNEL, None), (WAVE, wave)):
+        for name in (KERNEL, *wave):
+            enforced = wave.get(name)
             for share in plan.shares:
                 rate = share * saturations[name]
                 _tell(plan, f"{name} measured and predicted at {rate:,.0f} requests/s")
@@ -322,16 +323,22 @@ class Bench:
 def expected_s(plan: Plan) -> float:
     """How long it takes at most, where no window is repeated for noise: the searches' windows are most of it, and a search mostly ends sooner."""
     rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, PREDICTED_ROUNDS)
-    windows = rounds * (2 + len(plan.tuned)) + 2 + 2 * predicted
-    enclaves = rounds + 3 + predicted + 2 * plan.tries
-    return COSTS_S * (1 + 2 * len(plan.shares)) + windows * (plan.seconds + 0.5) + 3 * plan.probes * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
+    windows = rounds * (1 + len(WAVE) + len(plan.tuned)) + 1 + len(WAVE) + (1 + len(WAVE)) * predicted
+    enclaves = len(WAVE) * (rounds + 2 + predicted) + 1 + 2 * plan.tries
+    searches = (2 + len(WAVE)) * plan.probes
+    return COSTS_S * (1 + (1 + len(WAVE)) * len(plan.shares)) + windows * (plan.seconds + 0.5) + searches * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
 
 
-def enforcement(told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) -> live_prediction.Enforcement:
+def hostd_share(told: list[dict[str, Any]]) -> float:
+    """hostd's share of its CPU, at the median of the windows."""
+    return median(each["hostd"]["spent_ns"] * 1e-9 / each["hostd"]["spent_s"] for each in told)
+
+
+def enforcement(name: str, told: list[dict[str, Any]], rtt_ns: float, quantum_us: float) -> live_prediction.Enforcement:
     """What a preemption costs, of what hostd told: its CPU time is that for its acts, as it does nothing else often."""
     acts = sum(each["counters"]["acts"] for each in told)
     cpu_ns = sum(each["hostd"]["spent_ns"] for each in told)
-    return live_prediction.Enforcement(rtt_ns, cpu_ns / max(1, acts), quantum_us)
+    return live_prediction.Enforcement(WAVE[name], rtt_ns, cpu_ns / max(1, acts), quantum_us)
 
 
 def decision_times(told: list[dict[str, Any]], seed: int) -> dict[str, float]:
@@ -389,11 +396,12 @@ def medians(windows: list[Window]) -> Window:
 
 def conclude(metrics: dict[str, Any], tuned: str) -> str:
     """One line: what was gained, beside the fair peer, and whether the machine was quiet enough to say so."""
-    gain, fair = (metrics[f"{name}_get_p99_us"] / metrics["wave_get_p99_us"] for name in ("kernel", "kernel_tuned"))
-    noise = max(metrics[f"{name}_foreign_share"] for name in ("kernel", "kernel_tuned", "wave"))
-    line = (
-        f"GET p99 under Shinjuku {metrics['wave_get_p99_us']:,.0f} us: {gain:.2f}x below the kernel's default, {fair:.2f}x below the tuned kernel ({tuned}); "
-        f"saturation {metrics['wave_saturation_per_s'] / metrics['kernel_saturation_per_s']:.2f}x the default's"
+    noise = max(metrics[f"{name}_foreign_share"] for name in ("kernel", "kernel_tuned", *WAVE))
+    line = "; ".join(
+        f"GET p99 under {policy} {metrics[f'{name}_get_p99_us']:,.0f} us: {metrics['kernel_get_p99_us'] / metrics[f'{name}_get_p99_us']:.2f}x below the kernel's "
+        f"default, {metrics['kernel_tuned_get_p99_us'] / metrics[f'{name}_get_p99_us']:.2f}x below the tuned kernel ({tuned}), "
+        f"saturation {metrics[f'{name}_saturation_per_s'] / metrics['kernel_saturation_per_s']:.2f}x the default's"
+        for name, policy in WAVE.items()
     )
     return line + (f"; other programs took {noise:.0%} of the host CPU: measure again on a quiet machine" if noise > NOISY_SHARE else "")
 

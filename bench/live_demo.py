@@ -1,4 +1,4 @@
-"""The live part of the demo: the same RocksDB requests under the kernel's default and under Shinjuku by an agent, measured here, each beside what the
+"""The live part of the demo: the same RocksDB requests under the kernel's default and under two policies by an agent, measured here, each beside what the
 emulator says from costs that were measured one by one (bench/live_costs.py).
 """
 
@@ -28,7 +28,7 @@ class Row:
 
 
 def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
-    """Both schedulers in turns. Returns rate_per_s, quantum_us, rows ([Row]), noisy_share (of the windows, see bench/live.py) and hostd_cpu_share.
+    """All schedulers in turns. Returns rate_per_s, quantum_us, rows ([Row]), noisy_share (of the windows, see bench/live.py) and hostd_cpu_share.
 
     Ask `live.why_not()` first. Raises WaveError if hostd or its agent do not come up.
     """
@@ -37,15 +37,17 @@ def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
     with live.begin(plan) as bench:
         costs = live_costs.measure(bench.service, bench.watch, host_core, agent_core, seed)
         rate = LOAD_SHARE * costs.capacity_per_s
-        windows: dict[str, list[Any]] = {KERNEL: [], WAVE: []}
+        windows: dict[str, list[Any]] = {name: [] for name in (KERNEL, *WAVE)}
         for number in range(rounds):
             for name, of in windows.items():
                 of.append(bench.window(name, rate, seed + number))
-        times = live.decision_times(bench.told, seed)
-        enforced = live.enforcement(bench.told, times.get("decision_rtt_p50_ns", 0.0), QUANTUM_US)
-        spent = [each["hostd"]["spent_ns"] * 1e-9 / each["hostd"]["spent_s"] for each in bench.told]
+        times = live.decision_times(bench.told["wave"], seed)
+        rtt_ns = times.get("decision_rtt_p50_ns", 0.0)
+        enforced = {name: live.enforcement(name, bench.told[name], rtt_ns, QUANTUM_US) for name in WAVE}
+        spent = [live.hostd_share(bench.told[name]) for name in WAVE]
     rows = []
-    for name, scheduler, by in ((KERNEL, "the kernel's default", None), (WAVE, "shinjuku by Wave", enforced)):
+    for name in windows:
+        scheduler, by = f"{WAVE[name]} by Wave" if name in WAVE else "the kernel's default", enforced.get(name)
         measured = live.medians(windows[name])
         rows.append(Row(scheduler, "measured", {key: getattr(measured, key) for key in KEYS}))
         rows.append(Row(scheduler, "modelled", live_prediction.predict(costs, by, rate, WORKERS, seed, max(1.0, seconds))))

@@ -4,7 +4,8 @@ The kernel's column is `ipu_emulator/sched/eevdf.py` with the kernel's slice and
 which the engine charges itself. The client's lateness is drawn from what was measured and added: it delays a request, and uses none of the host's time.
 
 Wave's column is the policy itself, run by the engine where things happen, as the kernel keeps the enclave's order between two decisions. What comes from
-outside takes effect later and costs the host: a quantum is longer by a decision's way, and a RANGE by hostd's work each time it is cut.
+outside takes effect later and costs the host: a quantum is longer by a decision's way, and a RANGE by hostd's work each time it is cut, or, where the
+policy demotes it, by that of lowering it and raising it again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def host_profile(costs: Costs) -> HostProfile:
 
 @dataclass(frozen=True)
 class Enforcement:
-    """How a preemption by Wave gets done: ns from the moment it is due, and of hostd's time on the host CPU; and the policy's quantum."""
+    """How a preemption by Wave gets done: ns from the moment it is due, and of hostd's time on the host CPU; and the policy with its quantum."""
 
+    policy: str
     delay_ns: float
     cpu_ns: float
     quantum_us: float
@@ -60,8 +62,9 @@ def setup_for(costs: Costs, wave: Enforcement | None, rate_per_s: float, workers
     else:
         quantum_ns = wave.quantum_us * 1_000 + wave.delay_ns
         cuts = np.floor(costs.wave_range_ns / quantum_ns)
-        samples = [costs.wave_get_ns, (costs.wave_range_ns + cuts * wave.cpu_ns).astype(np.int64)]
-        policy, params = "shinjuku", {"quantum_us": quantum_ns / 1_000}
+        acts = 2 * (cuts > 0) if wave.policy == "mlfq" else cuts
+        samples = [costs.wave_get_ns, (costs.wave_range_ns + acts * wave.cpu_ns).astype(np.int64)]
+        policy, params = wave.policy, {"quantum_us": quantum_ns / 1_000}
     services = [np.maximum(1, each - round(costs.switch_ns)) for each in samples]
     shares = (1 - RANGE_SHARE, RANGE_SHARE)
     return Setup(

@@ -5,6 +5,7 @@ kernel_slice  the same with a slice of 0.1 ms set for every worker (sched_setatt
 kernel_batch  the same, RANGE requests go to workers of their own, which are SCHED_BATCH
 kernel_both   both
 wave          the policy `shinjuku`, decided by agentd on the other core, enforced by hostd on the workers' own
+wave_mlfq     likewise the policy `mlfq`, which demotes a RANGE once instead of preempting it again and again
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ PR_SET_PDEATHSIG = 1
 TUNED_SLICE_NS = 100_000
 START_S, STOP_S = 180.0, 10.0
 """How long hostd and an agent that compiles its policy may take to come up, and hostd to go."""
-WAVE, KERNEL, TUNED = "wave", "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
+KERNEL, TUNED = "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
+WAVE = {"wave": "shinjuku", "wave_mlfq": "mlfq"}
+"""Wave's columns, and each one's policy."""
 RANGE_SHARE_OF_WORKERS = 0.5
 """Of the workers, where RANGEs have their own: enough that none waits for one."""
 

@@ -87,7 +87,7 @@ def policy_page() -> str:
             "A handler's third argument, `txns`, collects what it orders; the runtime stamps and sends it when the handler returns.",
             f"One call of a handler may give {sched.orders.ORDERS_AT_ONCE} orders.",
             "",
-            *_functions(sched, ["run", "preempt", "set_timer"], "sched."),
+            *_functions(sched, ["run", "preempt", "demote", "set_timer"], "sched."),
             *_state_section(),
             *_laws_section(),
             *_outcome_section(),

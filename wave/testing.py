@@ -310,13 +310,17 @@ class HostileHost:
     def _make_way(self, tid: int) -> None:
         """A thread has woken: a demoted one leaves its CPU to it."""
         for cpu, runs in enumerate(self.running):
-            if runs in self.demoted and not self.taken[cpu]:
+            if runs in self.demoted and not self.taken[cpu] and self._may_run(tid, cpu):
                 self._take_off(cpu)
                 self.running[cpu], self.where[tid] = tid, "running"
                 self.seq[tid] += 1
                 self.cpu_seq[cpu] += 1
                 self._say(Message.THREAD_RUNNING, tid=tid, cpu=cpu)
                 return
+
+    def _may_run(self, tid: int, cpu: int) -> bool:
+        """Threads of this host are bound to no CPU."""
+        return True
 
     def _take_off(self, cpu: int) -> None:
         """The thread that runs on the CPU can run, and does not."""

@@ -6,12 +6,12 @@ NOTHING, FRESH, DEMOTED = range(3)
 
 
 @jitable
-def wait(self, msg, txns):
+def wait(self, msg, txns, front):
     """The thread goes into its level's queue. A demoted one that runs makes way for a fresh one, or is made to."""
     if self.is_demoted[msg.tid]:
-        push(self.demoted, msg.tid, front=msg.front)
+        push(self.demoted, msg.tid, front=front)
         return
-    push(self.fresh, msg.tid, front=msg.front)
+    push(self.fresh, msg.tid, front=front)
     for cpu in range(self.cpus):
         if self.running[cpu] == DEMOTED and not self.watched[cpu] and not self.taken[cpu]:
             self.watched[cpu] = 1
@@ -37,7 +37,7 @@ class Mlfq(Policy, subsystem=sched, name="mlfq"):
         self.is_demoted[msg.tid] = 0
 
     def thread_runnable(self, msg, txns):
-        wait(self, msg, txns)
+        wait(self, msg, txns, msg.front)
 
     def thread_running(self, msg, txns):
         self.watched[msg.cpu] = 0
@@ -61,7 +61,7 @@ class Mlfq(Policy, subsystem=sched, name="mlfq"):
 
     def thread_preempted(self, msg, txns):
         self.running[msg.cpu] = NOTHING
-        wait(self, msg, txns)
+        wait(self, msg, txns, 1)
 
     def thread_blocked(self, msg, txns):
         self.is_demoted[msg.tid] = 0
@@ -76,5 +76,5 @@ class Mlfq(Policy, subsystem=sched, name="mlfq"):
     def cpu_idle(self, msg, txns):
         if size(self.fresh):
             sched.run(txns, tid=pop(self.fresh), cpu=msg.cpu)
-        elif size(self.demoted):
+        elif size(self.demoted) and not (msg.front and self.running[msg.cpu] == DEMOTED):  # who makes way goes on first
             sched.run(txns, tid=pop(self.demoted), cpu=msg.cpu)

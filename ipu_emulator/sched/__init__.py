@@ -225,14 +225,13 @@ class Simulation:
     def _costs(self, host: HostProfile) -> tuple[np.ndarray[Any, Any], bool]:
         setup = self.setup
         cost = np.zeros(1, COSTS)
-        for name in ("entry_ns", "switch_ns", "wake_ns", "pick_ns", "tick_ns"):
+        for name in ("entry_ns", "switch_ns", "wake_ns", "pick_ns", "tick_ns", "ipi_wire_ns", "interrupt_ns"):
             cost[name] = getattr(host, name)
         cost["tick_period_ns"], cost["cold"] = host.tick_period_us * 1_000, any(host.cold_ns)
         if setup.placement == "kernel":
             cost["inline"] = 1
             cost["kick_wire_ns"], cost["kick_receive_ns"] = host.ipi_wire_ns, host.interrupt_ns
             return cost, False
-        cost["ipi_wire_ns"], cost["interrupt_ns"] = host.ipi_wire_ns, host.interrupt_ns
         wanted = "on-host" if setup.placement == "on-host" and setup.link == "mount-evans" else setup.link
         link = load_link(wanted) if isinstance(wanted, str) else wanted
         costs = link_costs(link, setup.mitigations)

@@ -663,8 +663,8 @@ def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: 
     if cost.inline:
         _settle(m, now)
         _commit(m, now, -1)
-    else:
-        _claim_cpu(m, tid, now)
+    _claim_cpu(m, tid, now)
+    if not cost.inline:
         _wake_agent(m)
 
 

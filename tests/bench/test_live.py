@@ -93,10 +93,11 @@ def test_a_decision_is_the_sum_of_its_parts() -> None:
 def test_the_verdict_says_who_won_and_when_the_machine_was_noisy() -> None:
     metrics = {"kernel_get_p99_us": 900.0, "kernel_tuned_get_p99_us": 150.0, "wave_get_p99_us": 300.0}
     metrics |= {"kernel_saturation_per_s": 80_000.0, "wave_saturation_per_s": 60_000.0}
-    quiet = {f"{name}_foreign_share": 0.01 for name in ("kernel", "kernel_tuned", "wave")}
-    assert "3.00x below the kernel's default, 0.50x below the tuned kernel (kernel_slice); saturation 0.75x" in live.conclude(
-        metrics | quiet, "kernel_slice"
-    )
+    metrics |= {"wave_mlfq_get_p99_us": 100.0, "wave_mlfq_saturation_per_s": 76_000.0}
+    quiet = {f"{name}_foreign_share": 0.01 for name in ("kernel", "kernel_tuned", "wave", "wave_mlfq")}
+    first, second = live.conclude(metrics | quiet, "kernel_slice").split("; ")
+    assert "shinjuku" in first and "3.00x below the kernel's default, 0.50x below the tuned kernel (kernel_slice), saturation 0.75x" in first
+    assert "mlfq" in second and "9.00x below the kernel's default, 1.50x below the tuned kernel (kernel_slice), saturation 0.95x" in second
     assert "quiet" not in live.conclude(metrics | quiet, "kernel_slice")
     assert "30%" in live.conclude(metrics | quiet | {"kernel_foreign_share": 0.3}, "kernel_slice")
 
@@ -170,7 +171,7 @@ def test_under_eevdf_a_thread_that_is_looked_at_anew_and_is_still_the_best_goes_
 
 
 def test_wave_keeps_gets_from_waiting_for_ranges_and_pays_for_it() -> None:
-    wave = live_prediction.Enforcement(delay_ns=40_000, cpu_ns=15_000, quantum_us=200)
+    wave = live_prediction.Enforcement("shinjuku", delay_ns=40_000, cpu_ns=15_000, quantum_us=200)
     without, within = (live_prediction.predict(costs(), each, 40_000.0, 16, seed=1, seconds=1.0) for each in (replace(wave, quantum_us=10_000), wave))
     assert within["get_p99_us"] < 0.9 * without["get_p99_us"]
     assert within["range_p50_us"] > without["range_p50_us"]
@@ -179,4 +180,13 @@ def test_wave_keeps_gets_from_waiting_for_ranges_and_pays_for_it() -> None:
 
 def test_an_act_of_hostd_costs_what_it_spent_for_all() -> None:
     told = [{"counters": {"acts": acts}, "hostd": {"spent_ns": spent}} for acts, spent in ((100, 2_000_000), (300, 6_000_000))]
-    assert live.enforcement(told, 50_000.0, 200.0) == live_prediction.Enforcement(50_000.0, 20_000.0, 200.0)
+    assert live.enforcement("wave", told, 50_000.0, 200.0) == live_prediction.Enforcement("shinjuku", 50_000.0, 20_000.0, 200.0)
+
+
+def test_one_demotion_is_predicted_to_cost_less_than_many_preemptions_and_to_keep_gets_shorter() -> None:
+    given = costs(range_ns=np.array([2_000_000]), wave_range_ns=np.array([2_000_000]))
+    shinjuku = live_prediction.Enforcement("shinjuku", delay_ns=10_000, cpu_ns=60_000, quantum_us=200)
+    many, once = (live_prediction.predict(given, each, 25_000.0, 64, seed=1, seconds=1.0) for each in (shinjuku, replace(shinjuku, policy="mlfq")))
+    assert once["get_p99_us"] < 0.7 * many["get_p99_us"]
+    most = [live_prediction.saturation(given, each, 64, seed=1) for each in (shinjuku, replace(shinjuku, policy="mlfq"))]
+    assert most[0] < most[1]

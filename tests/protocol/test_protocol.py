@@ -32,6 +32,7 @@ LEFT_OUT = {
     "BATCH_END": "never leaves the agent",
     "YIELD_CPU": "a decision on a CPU's number as RUN is on a thread's",
     "KICK": "says nothing of a thread",
+    "DEMOTE": "on a CPU's number as YIELD_CPU is; what the host then does by itself is a preemption and a start that it tells",
     "TARGET_GONE": "to the agent as CPU_UNAVAILABLE is: the decision was not applied",
     "TARGET_NOT_RUNNABLE": "likewise",
     "TARGET_ON_CPU": "likewise",

@@ -8,7 +8,7 @@ from waveos.sched import Message
 from waveos.testing import HostileHost, Replayed, interpreted
 
 CPUS, THREADS, STEPS = 4, 24, 1_200
-CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt"]
+CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt", "mlfq"]
 
 
 class KernelHost(HostileHost):
@@ -29,6 +29,9 @@ class KernelHost(HostileHost):
             super().play(1)
             if self.binding and self.random.random() < 0.03:
                 self._bind()
+
+    def _may_run(self, tid, cpu):
+        return cpu in self.allowed[tid]
 
     def _bind(self):
         """The affinity of a thread that is not on a CPU changes."""

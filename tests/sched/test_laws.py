@@ -105,7 +105,8 @@ class Host:
             -1,
         )
         messages, self.unsent = np.concatenate([*self.unsent, end]), []
-        return self.replayed.feed(messages)
+        self.last = self.replayed.feed(messages)
+        return self.last
 
     def run(self, tid, cpu):
         """Have `tid`, woken now, run on `cpu`, the only idle one."""
@@ -476,7 +477,7 @@ def test_urgent_threads_that_no_cpu_takes_are_sent_to_each_once_a_millisecond(po
 
 # ── threads that may not run everywhere ──────────────────────────────────────────────────────────────────────────────
 
-CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt"]
+CONSERVING = ["fifo", "round_robin", "shinjuku", "shinjuku_mq", "edf", "srpt", "mlfq"]
 
 
 def refuse(host, made, bound):
@@ -695,6 +696,66 @@ def test_preempt_in_favour_of_nobody_leaves_the_thread_where_it_is(make):
     host.run(9, 0)
     assert len(host.say("tick", cpu=0).batch()) == 0
     assert len(host.wake(1).batch()) == 0
+
+
+DEMOTES = "def tick(self, msg, txns):\n    sched.demote(txns, msg.cpu)\n"
+
+
+def test_a_demotion_is_sent_for_what_runs_and_no_outcome_is_waited_for(make):
+    host = Host(make(DEMOTES), cpus=1)
+    assert len(host.say("tick", cpu=0).batch()) == 0  # nothing runs there
+    host.run(9, 0)
+    for _ in range(2):
+        [order] = host.say("tick", cpu=0).batch()
+        assert (order["type"], order["tid"], order["flags"], order["cpu_seq"]) == (Decision.DEMOTE, -1, PREEMPT | KICKED, host.cpu_seq[0])
+    assert host.runtime["live"] == host.runtime["cpu"]["staged"][0] == host.runtime["cpu"]["ordered"][0] == 0
+
+
+def make_way(host, tid, other, cpu=0):
+    """The host gives `other`, which wakes, the CPU of `tid`."""
+    host.wake(other)
+    host.seq[tid] += 1
+    host.cpu_seq[cpu] += 1
+    return host.say("thread_preempted", tid, cpu).run_undecided(other, cpu)
+
+
+def test_mlfq_demotes_a_thread_once_and_lets_the_host_do_the_rest():
+    host = Host(load_policy("mlfq"), cpus=1)
+    host.run(1, 0)
+    [demotion] = host.batch(host.now_ns + 30_000)
+    assert (demotion["type"], demotion["cpu"]) == (Decision.DEMOTE, 0)
+    for other in (2, 3, 2):
+        assert len(make_way(host, 1, other).batch()) == 0
+        assert placed(host.block(other, 0).batch()) == [(1, 0)]
+        host.answer(host.last[0])
+        assert len(host.batch(host.now_ns + 1_000_000)) == 0
+    host.block(1, 0)
+    host.run(1, 0)
+    assert [int(each["type"]) for each in host.batch(host.now_ns + 30_000)] == [Decision.DEMOTE]  # it has slept, and had its time again
+
+
+def test_mlfq_preempts_where_a_demoted_thread_has_not_made_way():
+    host = Host(load_policy("mlfq"), cpus=1)
+    host.run(1, 0)
+    host.batch(host.now_ns + 30_000)
+    assert len(host.wake(2).batch()) == 0
+    assert len(host.batch(host.now_ns + 90_000)) == 0
+    [order] = host.batch(host.now_ns + 10_000)
+    assert (order["type"], order["tid"], order["flags"]) == (Decision.RUN, 2, PREEMPT | KICKED)
+
+
+def test_mlfq_takes_a_cpu_for_what_waits_when_it_demotes_and_runs_the_demoted_when_nobody_else_waits():
+    host = Host(load_policy("mlfq"), cpus=1)
+    host.run(1, 0)
+    host.wake(2, 3).batch()
+    demotion, order = host.batch(host.now_ns + 30_000)
+    assert (demotion["type"], order["type"], order["tid"], order["flags"]) == (Decision.DEMOTE, Decision.RUN, 2, PREEMPT | KICKED)
+    host.seq[1] += 1
+    host.cpu_seq[0] += 1
+    host.say("thread_preempted", 1, 0).answer(order).batch()
+    assert placed(host.block(2, 0).batch()) == [(3, 0)]
+    host.answer(host.last[0]).batch()
+    assert placed(host.block(3, 0).batch()) == [(1, 0)]
 
 
 IDLES = "def tick(self, msg, txns):\n    sched.preempt(txns, msg.cpu, idle=True)\n"

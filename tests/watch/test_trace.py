@@ -178,6 +178,14 @@ def test_one_turn_of_a_thread_is_drawn_from_its_waking_to_its_sleep():
     ]
 
 
+def test_decisions_without_an_outcome_are_not_counted_as_staged():
+    silent = [RUN | {"type": kind, "tid": -1, "txn": 6 + kind} for kind in (Decision.KICK, Decision.DEMOTE)]
+    events = events_of(said(RUNNABLE, COMMITTED, BLOCKED, IDLE), decided(RUN, *silent))
+    drawn = trace_events(events, {"queues": LENGTHS})
+    lengths = [each["args"]["entries"] for each in drawn if each["name"] == "decisions on the way or staged"]
+    assert lengths == [1, 0]
+
+
 def test_a_stale_decision_is_drawn_as_refused_and_nothing_runs():
     events = events_of(said(RUNNABLE, COMMITTED | {"outcome": Outcome.STALE}), decided(RUN))
     assert (4_000, "DECISION_REFUSED") in kinds(events) and "RUN_BEGIN" not in dict(kinds(events)).values()

@@ -44,9 +44,11 @@ class Decision(IntEnum):
     RUN = 1  # put thread `tid` on `cpu`; with PREEMPT, now, in place of the thread that runs at `cpu_seq`
     YIELD_CPU = 2  # take the running thread off `cpu` (as of `cpu_seq`) and go on with what is staged there
     KICK = 3  # look at what is staged: the CPU went idle while the decision was on its way
-    DEMOTE = 4  # the running thread on `cpu` (as of `cpu_seq`) makes way by itself for others that wake, until it blocks; has no outcome, as KICK
+    DEMOTE = 4  # the running thread on `cpu` (as of `cpu_seq`) makes way by itself for others that wake, until it blocks
 
 
+UNANSWERED = (Decision.KICK, Decision.DEMOTE)
+"""What has no outcome."""
 PREEMPT = 1
 """Decision flag: applies only while the CPU's own sequence number is still `cpu_seq`."""
 KICKED = 2

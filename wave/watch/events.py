@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waveos.outcome import Outcome
-from waveos.sched.records import KICKED, OUTCOME, Decision, Message
+from waveos.sched.records import KICKED, OUTCOME, UNANSWERED, Decision, Message
 from waveos.trace import TRACE_EVENT, RunEnd, TraceKind
 
 Records = npt.NDArray[np.void]
@@ -91,7 +91,7 @@ def _lengths(messages: Records, decisions: Records) -> Iterator[Event]:
     less = runs | (kinds == Message.THREAD_RUNNING)
     yield from _length(RUNNABLE, messages["time_ns"], more.astype(int) - less)
     answered = messages["time_ns"][kinds == Message.TXN_OUTCOME]
-    asked = decisions["decided_ns"][decisions["type"] != Decision.KICK]
+    asked = decisions["decided_ns"][~np.isin(decisions["type"], UNANSWERED)]
     times = np.concatenate([asked, answered])
     yield from _length(STAGED, times, np.concatenate([np.ones(len(asked), int), -np.ones(len(answered), int)]))
 
