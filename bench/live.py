@@ -326,7 +326,12 @@ def expected_s(plan: Plan) -> float:
     windows = rounds * (1 + len(WAVE) + len(plan.tuned)) + 1 + len(WAVE) + (1 + len(WAVE)) * predicted
     enclaves = len(WAVE) * (rounds + 2 + predicted) + 1 + 2 * plan.tries
     searches = (2 + len(WAVE)) * plan.probes
-    return COSTS_S * (1 + (1 + len(WAVE)) * len(plan.shares)) + windows * (plan.seconds + 0.5) + searches * (plan.saturation_s + 0.5) + enclaves * ENCLAVE_S
+    return (
+        COSTS_S * (1 + (1 + len(WAVE)) * len(plan.shares))
+        + windows * (plan.seconds + 0.5)
+        + searches * (plan.saturation_s + 0.5)
+        + enclaves * ENCLAVE_S
+    )
 
 
 def hostd_share(told: list[dict[str, Any]]) -> float:

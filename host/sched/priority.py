@@ -24,7 +24,7 @@ FIRST, WORDS = 2, 4
 """Where the acts of `struct acts` begin, and how long one is (type, pid, cpu, tid), in words of 4 bytes: as such they are read at a tenth of what NumPy's
 records cost."""
 TAIL, LEVEL, LOW = 1, 3, 4
-"""`enum act_type`: to the tail of the level's queue, and a change of level alone; what is neither is to the head. LOW is added if the level is the lower one."""
+"""`enum act_type`: to the tail of its level's queue, and a change of level alone; else to the head. LOW is added where the level is the lower one."""
 
 
 class Priority(Governor):
@@ -40,7 +40,9 @@ class Priority(Governor):
         if not 3 <= priority <= 97:
             raise ConfigError(f"priority {priority}: real-time priorities of an enclave's threads are 3 to 97")
         lowest, low, member, high = (attributes.Attributes("FIFO", priority + step, flags=attributes.RESET_ON_FORK) for step in range(-2, 2))
-        self._below, self._level, self._high = [[attributes.prepare(each) for each in level] for level in ((low, lowest), (member, low), (high, high))]
+        self._below, self._level, self._high = [
+            [attributes.prepare(each) for each in level] for level in ((low, lowest), (member, low), (high, high))
+        ]
         super().__init__(enclave, journal, OBJECT, member, silent_ms, default_ms)
         try:
             self._bpf.section(".data").view(np.uint64)[0] = int(grace_us * 1_000)

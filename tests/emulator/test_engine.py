@@ -158,7 +158,9 @@ def test_a_demoted_thread_makes_way_without_a_decision_at_the_cost_of_the_hosts_
     """
     trace = requests((0, 400_000, 1), *((60_000 + 30_000 * i, 5_000, 0) for i in range(8)))
     host = load_host("server").model_copy(update={"tick_period_us": 0})
-    result, machine = run(place(where, "mlfq", arrivals=trace, workers=1, threads=16, samples=100, duration_ns=2_000_000, host=host, params={"quantum_us": 20}))
+    result, machine = run(
+        place(where, "mlfq", arrivals=trace, workers=1, threads=16, samples=100, duration_ns=2_000_000, host=host, params={"quantum_us": 20})
+    )
     cost = machine["cost"]
     told = 2 * cost["write_ns"] + cost["flush_ns"]  # that one was preempted and the other runs
     look = max(min(cost["hit_ns"], cost["read_ns"]), cost["read_ns"] - cost["interrupt_ns"])
