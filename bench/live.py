@@ -402,13 +402,18 @@ def medians(windows: list[Window]) -> Window:
 def conclude(metrics: dict[str, Any], tuned: str) -> str:
     """One line: what was gained, beside the fair peer, and whether the machine was quiet enough to say so."""
     noise = max(metrics[f"{name}_foreign_share"] for name in ("kernel", "kernel_tuned", *WAVE))
-    line = "; ".join(
-        f"GET p99 under {policy} {metrics[f'{name}_get_p99_us']:,.0f} us: {metrics['kernel_get_p99_us'] / metrics[f'{name}_get_p99_us']:.2f}x below the kernel's "
-        f"default, {metrics['kernel_tuned_get_p99_us'] / metrics[f'{name}_get_p99_us']:.2f}x below the tuned kernel ({tuned}), "
-        f"saturation {metrics[f'{name}_saturation_per_s'] / metrics['kernel_saturation_per_s']:.2f}x the default's"
-        for name, policy in WAVE.items()
-    )
+    line = "; ".join(_compare(metrics, name, policy, tuned) for name, policy in WAVE.items())
     return line + (f"; other programs took {noise:.0%} of the host CPU: measure again on a quiet machine" if noise > NOISY_SHARE else "")
+
+
+def _compare(metrics: dict[str, Any], name: str, policy: str, tuned: str) -> str:
+    """What one of Wave's columns gains and costs."""
+    p99_us, more = metrics[f"{name}_get_p99_us"], metrics[f"{name}_saturation_per_s"] / metrics["kernel_saturation_per_s"]
+    plain, fair = (metrics[f"{peer}_get_p99_us"] / p99_us for peer in ("kernel", "kernel_tuned"))
+    return (
+        f"GET p99 under {policy} {p99_us:,.0f} us: {plain:.2f}x below the kernel's default, {fair:.2f}x below the tuned kernel ({tuned}), "
+        f"saturation {more:.2f}x the default's"
+    )
 
 
 def _tell(plan: Plan, line: str) -> None:
