@@ -698,6 +698,71 @@ def test_preempt_in_favour_of_nobody_leaves_the_thread_where_it_is(make):
     assert len(host.wake(1).batch()) == 0
 
 
+SLICES = """
+def thread_running(self, msg, txns):
+    sched.set_timer(txns, msg.cpu, msg.time_ns + 30_000)
+
+def timer_expired(self, msg, txns):
+    if {prefers}:
+        sched.preempt(txns, msg.cpu)
+"""
+
+
+def staged_behind(policy):
+    """Thread 9 runs, thread 1 is staged behind it."""
+    host = Host(policy, cpus=1, ahead=1)
+    host.run(9, 0)
+    [staged] = host.wake(1).batch()
+    assert (staged["tid"], staged["flags"]) == (1, 0)
+    return host, staged
+
+
+def test_a_thread_that_is_staged_behind_one_whose_time_is_over_is_seen_to_wait(make):
+    host, staged = staged_behind(make(SLICES.format(prefers="size(self.runq)")))
+    [order] = host.batch(host.now_ns + 30_000)
+    assert (order["type"], order["tid"], order["flags"], order["cpu_seq"]) == (Decision.YIELD_CPU, -1, PREEMPT | KICKED, host.cpu_seq[0])
+    host.answer(order)
+    host.seq[9] += 1
+    host.cpu_seq[0] += 1
+    assert placed(host.say("thread_preempted", 9, 0).answer(staged).batch()) == [(9, 0)]
+    assert host.runtime["thread"]["state"][1] == 4
+
+
+def test_a_decision_that_the_policy_makes_again_is_not_sent_again(make):
+    host, staged = staged_behind(make(SLICES.format(prefers="False")))
+    for _ in range(3):
+        assert len(host.batch(host.now_ns + 30_000)) == 0
+    assert host.state("calls") == 3  # both as they woke, and once more when the time of the other was over
+    assert (host.runtime["waiting"], host.runtime["live"], host.runtime["cpu"]["staged"][0]) == (0, 1, 1)
+    assert len(host.block(9, 0, idle=False).answer(staged).batch()) == 0
+    assert host.runtime["thread"]["state"][1] == 4
+
+
+KEEPS = """
+def thread_running(self, msg, txns):
+    sched.set_timer(txns, msg.cpu, msg.time_ns + 30_000)
+
+def timer_expired(self, msg, txns):
+    self.seen[63] = 1
+
+def cpu_idle(self, msg, txns):
+    if size(self.runq) and not (msg.front and self.seen[63]):
+        sched.run(txns, tid=pop(self.runq), cpu=msg.cpu)
+"""
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_decision_that_was_taken_back_and_no_longer_holds_is_made_anew(make, moved):
+    host, _ = staged_behind(make(KEEPS, queue=QUEUE.partition("def cpu_idle")[0]))
+    assert len(host.batch(host.now_ns + 30_000)) == 0
+    host.seq[1] += moved
+    if moved:
+        host.say("affinity_changed", 1)
+    made = host.block(9, 0).batch()
+    [told] = [(int(each["type"]), int(each["tid"]), int(each["seq"]), int(each["flags"])) for each in made]
+    assert told == ((Decision.RUN, 1, host.seq[1], KICKED) if moved else (Decision.KICK, -1, 0, KICKED))
+
+
 DEMOTES = "def tick(self, msg, txns):\n    sched.demote(txns, msg.cpu)\n"
 
 

@@ -11,7 +11,9 @@ The laws:
 - A thread staged on a CPU that a higher class took is offered to one that falls idle in the same way: the host does nothing there until the CPU is back.
 - A CPU that went idle while a decision was on its way to it unannounced is kicked: no wake-up is lost.
 - A CPU has at most DEPTH decisions outstanding; one more is not sent, and fails as congested when the batch ends.
-- `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew.
+- `timer_expired` is called once the timer is past, and again after each batch in which a thread waits, until the timer is set anew. What was prestaged behind
+  the thread whose timer it is comes back to the policy before, as thread_runnable with front=1, so that the policy sees who waits; the decision stands
+  meanwhile, and is not sent again if the policy makes it again.
 - A decision that was not committed brings its thread back as thread_runnable with front=1, unless the policy has `txn_failed`.
 - A thread that a CPU refused as unavailable (it may not run there) is not sent there again until its sequence number moves on, its affinity changes, or
   10 ms have passed (REFUSED_NS). If the policy answers that CPU's `cpu_idle` with it nonetheless, the policy is asked for another, so that no thread waits
@@ -88,6 +90,7 @@ THREAD = np.dtype(
         ("deadline_ns", "i8"),
         ("work_ns", "i8"),
         ("ran_ns", "i8"),
+        ("stands", "i8"),  # 1 + the sequence number with which a decision for it stands that it was taken back from
         ("cpu", "i4"),  # where it runs or is staged
         ("state", "u1"),
         ("void", "u1"),  # places it has in the policy's queues from times that it has left since
@@ -253,10 +256,31 @@ def _emit(rt: Any, kind: int, tid: int, cpu: int, flags: int) -> None:
     rt.made += 1
 
 
+@jit
+def _stands(rt: Any, tid: int, cpu: int, now: bool) -> Any:
+    """Whether a decision that was sent before serves: it is the next of that CPU, which has only to be told if it is to come at once."""
+    c, t = rt.cpu[cpu], rt.thread[tid]
+    t.stands = 0
+    if c.staged == 0 or c.staged_tid[0] != tid:
+        return False
+    c.live += 1
+    rt.live += 1
+    t.state, t.cpu = STAGED, cpu
+    if (now or c.preempting) and c.running >= 0:
+        c.preempting, c.ordered, c.kicked = 0, 1, 1
+        _emit(rt, YIELD_CPU, -1, cpu, PREEMPT | KICKED)
+    elif c.idle and not c.kicked:
+        c.kicked = 1
+        _emit(rt, KICK, -1, cpu, KICKED)
+    return True
+
+
 @jit_inline
 def _stage(rt: Any, tid: int, cpu: int, now: bool) -> None:
     """Decide that `tid` runs next on `cpu`; `now`: in place of what runs there."""
     c, t = rt.cpu[cpu], rt.thread[tid]
+    if t.stands == t.seq + 1 and _stands(rt, tid, cpu, now):
+        return
     if c.staged >= DEPTH:
         if rt.returned >= RETURNS:
             _fail(rt, CPU_FULL, tid, cpu)
@@ -564,6 +588,18 @@ def _restage(rt: Any, cpu: int) -> None:
 
 
 @jit
+def _take_back(rt: Any, cpu: int) -> None:
+    """Threads staged behind the one that runs are the policy's again, in their order."""
+    c = rt.cpu[cpu]
+    for i in range(c.staged - 1, -1, -1):
+        tid = int(c.staged_tid[i])
+        t = rt.thread[tid]
+        if t.state == STAGED and t.cpu == cpu:
+            t.stands = t.seq + 1
+            _offer(rt, tid, cpu, THREAD_RUNNABLE, 1, 0, rt.now_ns)
+
+
+@jit
 def _expire_timers(rt: Any) -> None:
     """Call timer_expired for every CPU whose timer is past, and find the next that will be."""
     rt.next_timer_ns, rt.timers_past = (rt.refused_until_ns if rt.now_ns < rt.refused_until_ns else NEVER), 0
@@ -571,6 +607,8 @@ def _expire_timers(rt: Any) -> None:
         c = rt.cpu[cpu]
         if c.timer_ns and c.running >= 0:
             if c.timer_ns <= rt.now_ns and not c.ordered and (rt.waiting or not c.expired):
+                if c.live and not c.expired:
+                    _take_back(rt, cpu)
                 c.expired = 1
                 _deliver(rt, TIMER_EXPIRED, int(c.running), cpu, 0, 0, rt.now_ns)
             if c.timer_ns <= rt.now_ns:
