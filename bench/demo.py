@@ -66,13 +66,16 @@ def _show_live(path: Path, quick: bool) -> None:
     if reason := live.why_not():
         talk(f"4. live on this kernel: left out, because it {reason}")
         return
-    talk("4. live on this kernel: RocksDB workers on the first CPU, agent and client on the second; the kernel's default, then Shinjuku by the agent")
+    talk(
+        "4. live on this kernel: RocksDB workers on the first CPU, agent and client on the second; the kernel's default, then two policies by the agent"
+    )
     result = live_demo.run(*((1.0, 1) if quick else (3.0, 3)))
+    quanta = ", ".join(f"quantum of {policy} {value:g} µs" for policy, value in result["quanta_us"].items())
     result["rows"] = [asdict(row) for row in result["rows"]]
     print_table(
         ("scheduler", "timing", "requests/s", "GET p50 µs", "GET p99 µs", "RANGE p50 µs", "RANGE p99 µs"),
         [(row["scheduler"], row["timing"], *(f"{row['figures'][key]:,.0f}" for key in live_demo.KEYS)) for row in result["rows"]],
-        title=f"at {result['rate_per_s']:,.0f} requests/s, 0.5 % of them RANGEs; quantum {result['quantum_us']:g} µs",
+        title=f"at {result['rate_per_s']:,.0f} requests/s, 0.5 % of them RANGEs; {quanta}",
         numbers=("requests/s", "GET p50 µs", "GET p99 µs", "RANGE p50 µs", "RANGE p99 µs"),
     )
     path.write_text(json.dumps({"name": "live_demo", "machine": describe_machine(), **result}, indent=1))

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from waveos.bench import live_costs, live_prediction, live_schedulers
-from waveos.bench.live_schedulers import KERNEL, TUNED, WAVE, Enclave
+from waveos.bench.live_schedulers import KERNEL, QUANTA_US, TUNED, WAVE, Enclave
 from waveos.bench.live_watch import Watch, watching
 from waveos.bench.live_window import Window, look_back, read_usage
 from waveos.bench.machine import describe_machine
@@ -52,7 +52,8 @@ OPTIONS = {
     "seconds": (1.0, "length of a round"),
     "saturation_s": (20.0, "length of a window of the search for saturation"),
     "workers": (64, "worker processes: enough that a request seldom waits for one"),
-    "quantum_us": (200.0, "of both policies: three to four preemptions by hostd long"),
+    "quantum_us": (QUANTA_US["wave"], "of the policy shinjuku: three preemptions by hostd long"),
+    "mlfq_quantum_us": (QUANTA_US["wave_mlfq"], "of the policy mlfq, which has a thread taken off its CPU once"),
     "quick": (False, "2 rounds of 1 s, fewer columns, saturation over 1 s: for a look and for CI, not for figures"),
 }
 BTF = Path("/sys/kernel/btf/vmlinux")
@@ -100,7 +101,7 @@ class Plan:
     tuned: tuple[str, ...]
     shares: tuple[float, ...]  # of saturation, at which the emulator is asked
     workers: int
-    quantum_us: float
+    quanta_us: dict[str, float]  # of Wave's columns
     host_core: int
     agent_core: int
     began_s: float = field(default_factory=time.monotonic)
@@ -112,22 +113,24 @@ def run(
     seconds: float = 1.0,
     saturation_s: float = 20.0,
     workers: int = 64,
-    quantum_us: float = 200.0,
+    quantum_us: float = QUANTA_US["wave"],
+    mlfq_quantum_us: float = QUANTA_US["wave_mlfq"],
     quick: bool = False,
 ) -> dict[str, Any]:
     """Measure all schedulers. Raises ConfigError on fewer than two CPUs or without the right to set scheduling policies, MissingError without rocksdict."""
     if reason := why_not():
         raise ConfigError(f"bench live {reason}")
-    if rounds < 1 or seconds < 0.2 or saturation_s < 1 or not 2 <= workers <= 64 or quantum_us <= 0:
+    if rounds < 1 or seconds < 0.2 or saturation_s < 1 or not 2 <= workers <= 64 or min(quantum_us, mlfq_quantum_us) <= 0:
         raise ConfigError(
-            f"rounds {rounds}, seconds {seconds}, saturation_s {saturation_s}, workers {workers}, quantum_us {quantum_us}: "
+            f"rounds {rounds}, seconds {seconds}, saturation_s {saturation_s}, workers {workers}, quantum_us {quantum_us}, mlfq_quantum_us {mlfq_quantum_us}: "
             "at least 1, 0.2 and 1, 2 to 64 workers, and a quantum above 0"
         )
     if quick:
         rounds, seconds, saturation_s = min(rounds, 2), min(seconds, 1.0), min(saturation_s, 1.0)
     probes, tries, tuned, shares = (3, 1, TUNED[-1:], PREDICTED_SHARES[1:2]) if quick else (8, 3, TUNED, PREDICTED_SHARES)
     host_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
-    with begin(Plan(seed, rounds, seconds, saturation_s, probes, tries, tuned, shares, workers, quantum_us, host_core, agent_core)) as bench:
+    quanta_us = dict(zip(WAVE, (quantum_us, mlfq_quantum_us), strict=True))
+    with begin(Plan(seed, rounds, seconds, saturation_s, probes, tries, tuned, shares, workers, quanta_us, host_core, agent_core)) as bench:
         return bench.measure()
 
 
@@ -183,7 +186,7 @@ class Bench:
         for name in (tuned, *WAVE):
             _tell(plan, f"saturation of {name}")
             saturations[name] = self._saturation(name, saturations[KERNEL])
-        metrics: dict[str, Any] = {"rate_per_s": rate, "quantum_us": plan.quantum_us}
+        metrics: dict[str, Any] = {"rate_per_s": rate} | {f"{name}_quantum_us": value for name, value in plan.quanta_us.items()}
         spread: dict[str, list[float]] = {}
         for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), *zip(WAVE, WAVE, strict=True)):
             metrics[f"{label}_saturation_per_s"] = saturations[name]
@@ -197,7 +200,8 @@ class Bench:
         metrics |= self._probed((KERNEL, *WAVE), rate)
         metrics |= self._hackbench()
         metrics |= costs.metrics()
-        enforced = {name: enforcement(name, told, metrics.get("decision_rtt_p50_ns", 0.0), plan.quantum_us) for name, told in at_load.items()}
+        rtt_ns = metrics.get("decision_rtt_p50_ns", 0.0)
+        enforced = {name: enforcement(name, told, rtt_ns, plan.quanta_us[name]) for name, told in at_load.items()}
         metrics |= {"hostd_act_us": enforced["wave"].cpu_ns / 1_000} | self._predict(saturations, enforced)
         metrics["noisy_share"] = sum(self.noisy) / len(self.noisy)
         return {
@@ -226,7 +230,7 @@ class Bench:
 
         own: list[int] = []
         if name in WAVE:
-            with Enclave(service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}, WAVE[name]) as enclave:
+            with Enclave(service, plan.host_core, plan.agent_core, {"quantum_us": plan.quanta_us[name]}, WAVE[name]) as enclave:
                 first = enclave.status()["hostd"]
                 own.append(enclave.pid)
                 yield serve
@@ -273,10 +277,10 @@ class Bench:
             return {}
         _tell(plan, "hackbench with and without hostd")
         times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(min(5, plan.rounds)):
+        for _ in range(plan.rounds):
             with live_schedulers.polling(plan.agent_core):
                 times[False].append(_hackbench_s(plan.host_core))
-            with Enclave(self.service, plan.host_core, plan.agent_core, {"quantum_us": plan.quantum_us}):
+            with Enclave(self.service, plan.host_core, plan.agent_core, {"quantum_us": plan.quanta_us["wave"]}):
                 times[True].append(_hackbench_s(plan.host_core))
         return {"hackbench_s": median(times[False]), "hackbench_cost_share": median(times[True]) / median(times[False]) - 1}
 
@@ -324,7 +328,7 @@ def expected_s(plan: Plan) -> float:
     """How long it takes at most, where no window is repeated for noise: the searches' windows are most of it, and a search mostly ends sooner."""
     rounds, predicted = plan.rounds, len(plan.shares) * min(plan.rounds, PREDICTED_ROUNDS)
     windows = rounds * (1 + len(WAVE) + len(plan.tuned)) + 1 + len(WAVE) + (1 + len(WAVE)) * predicted
-    enclaves = len(WAVE) * (rounds + 2 + predicted) + 1 + 2 * plan.tries
+    enclaves = len(WAVE) * (rounds + 2 + predicted) + 1 + rounds
     searches = (2 + len(WAVE)) * plan.probes
     return (
         COSTS_S * (1 + (1 + len(WAVE)) * len(plan.shares))

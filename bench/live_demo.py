@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from waveos.bench import live, live_costs, live_prediction
-from waveos.bench.live_schedulers import KERNEL, WAVE
+from waveos.bench.live_schedulers import KERNEL, QUANTA_US, WAVE
 
 LOAD_SHARE = 0.6
 """Of what the CPU could serve if it did nothing else."""
 KEYS = ("throughput_per_s", "get_p50_us", "get_p99_us", "range_p50_us", "range_p99_us")
-QUANTUM_US = 200.0
 WORKERS = 64
 
 
@@ -28,12 +27,12 @@ class Row:
 
 
 def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
-    """All schedulers in turns. Returns rate_per_s, quantum_us, rows ([Row]), noisy_share (of the windows, see bench/live.py) and hostd_cpu_share.
+    """All schedulers in turns. Returns rate_per_s, quanta_us, rows ([Row]), noisy_share (of the windows, see bench/live.py) and hostd_cpu_share.
 
     Ask `live.why_not()` first. Raises WaveError if hostd or its agent do not come up.
     """
     host_core, agent_core = sorted(os.sched_getaffinity(0))[:2]
-    plan = live.Plan(seed, rounds, seconds, seconds, 0, 2, (), (), WORKERS, QUANTUM_US, host_core, agent_core)
+    plan = live.Plan(seed, rounds, seconds, seconds, 0, 2, (), (), WORKERS, QUANTA_US, host_core, agent_core)
     with live.begin(plan) as bench:
         costs = live_costs.measure(bench.service, bench.watch, host_core, agent_core, seed)
         rate = LOAD_SHARE * costs.capacity_per_s
@@ -43,7 +42,7 @@ def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
                 of.append(bench.window(name, rate, seed + number))
         times = live.decision_times(bench.told["wave"], seed)
         rtt_ns = times.get("decision_rtt_p50_ns", 0.0)
-        enforced = {name: live.enforcement(name, bench.told[name], rtt_ns, QUANTUM_US) for name in WAVE}
+        enforced = {name: live.enforcement(name, bench.told[name], rtt_ns, QUANTA_US[name]) for name in WAVE}
         spent = [live.hostd_share(bench.told[name]) for name in WAVE]
     rows = []
     for name in windows:
@@ -52,4 +51,11 @@ def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
         rows.append(Row(scheduler, "measured", {key: getattr(measured, key) for key in KEYS}))
         rows.append(Row(scheduler, "modelled", live_prediction.predict(costs, by, rate, WORKERS, seed, max(1.0, seconds))))
     noisy = sum(bench.noisy) / len(bench.noisy)
-    return {"rate_per_s": rate, "quantum_us": QUANTUM_US, "rows": rows, "noisy_share": noisy, "hostd_cpu_share": max(spent), **times}
+    return {
+        "rate_per_s": rate,
+        "quanta_us": {WAVE[name]: value for name, value in QUANTA_US.items()},
+        "rows": rows,
+        "noisy_share": noisy,
+        "hostd_cpu_share": max(spent),
+        **times,
+    }

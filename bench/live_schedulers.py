@@ -34,6 +34,8 @@ START_S, STOP_S = 180.0, 10.0
 KERNEL, TUNED = "kernel", ("kernel_slice", "kernel_batch", "kernel_both")
 WAVE = {"wave": "shinjuku", "wave_mlfq": "mlfq"}
 """Wave's columns, and each one's policy."""
+QUANTA_US = {"wave": 200.0, "wave_mlfq": 100.0}
+"""Of shinjuku: three preemptions by hostd long. mlfq has a thread taken off once, so its quantum may be shorter."""
 RANGE_SHARE_OF_WORKERS = 0.5
 """Of the workers, where RANGEs have their own: enough that none waits for one."""
 

@@ -293,27 +293,28 @@ static __always_inline void order(u32 type, s32 tid, u32 cpu)
 	host.acts++;
 }
 
-/* The thread that runs on the CPU was demoted: lower it. */
-static __always_inline void lower(u32 cpu)
+/* The thread that runs on the CPU was demoted: lower it. True if that is done now. */
+static __always_inline bool lower(u32 cpu)
 {
 	s32 tid = cpu_at(cpu)->running;
 	u64 at = lowered.n;
 	struct thread *t;
 
 	if (tid < 0)
-		return;
+		return false;
 	t = thread_at(tid);
 	if (!t->demoted || t->lowered)
-		return;
+		return false;
 	if (at >= CPUS) {
 		t->demoted = 0;
-		return;
+		return false;
 	}
 	bounded(at, CPUS);
 	lowered.tid[at] = tid;
 	lowered.n++;
 	t->lowered = 1;
 	order(ACT_LEVEL, tid, cpu);
+	return true;
 }
 
 /* Who was lowered and is not demoted any more, because it slept or no agent lives, is raised. Takes the lock. Not static, so that the verifier looks at it by
@@ -356,7 +357,8 @@ __noinline int see_to(u32 cpu, u64 now)
 	bpf_spin_lock(&lock);
 	c->rung = 0;
 	leaves = take_up(cpu, now);
-	lower(cpu);
+	if (lower(cpu) && c->staged && head_of(c)->tid >= 0)
+		leaves &= thread_at(head_of(c)->tid)->demoted; /* else it leaves by that alone */
 	if (leaves)
 		order(ACT_TAIL, c->running, cpu);
 	if (c->running < 0) {

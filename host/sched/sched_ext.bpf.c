@@ -105,7 +105,8 @@ void BPF_PROG(wave_runnable, struct task_struct *p, u64 enq_flags)
 	bpf_spin_unlock(&lock);
 }
 
-/* A thread wakes: a CPU whose thread is demoted is to make way for it, unless one idles, of which the agent disposes. NOBODY: none is. Takes the lock. */
+/* A thread wakes: a CPU whose thread is demoted is to make way for it, unless one idles, of which the agent disposes. NOBODY: none is. Looks without the lock,
+ * since most often there is none; the CPU looks again, with it. */
 static __always_inline s32 claim_cpu(s32 tid)
 {
 	struct thread *t = thread_at(tid);
@@ -115,16 +116,15 @@ static __always_inline s32 claim_cpu(s32 tid)
 
 	bpf_for(cpu, 0, host.cpus) {
 		struct cpu *c = cpu_at(cpu);
+		s32 running = c->running;
 
-		bpf_spin_lock(&lock);
-		if (c->running < 0)
+		if (running < 0)
 			idle |= !c->taken;
-		else if (!idle && claimed < 0 && !c->claimant && !c->taken && thread_at(c->running)->demoted && t->state == RUNNABLE && !t->demoted &&
+		else if (claimed < 0 && !c->claimant && !c->taken && thread_at(running)->demoted &&
 			 (t->allowed[(cpu >> 6) & (CPUS / 64 - 1)] >> (cpu & 63)) & 1)
 			claimed = cpu;
-		bpf_spin_unlock(&lock);
 	}
-	if (idle || claimed < 0)
+	if (idle || claimed < 0 || t->state != RUNNABLE || t->demoted)
 		return NOBODY;
 	cpu_at(claimed)->claimant = 1 + tid;
 	return claimed;

@@ -332,6 +332,7 @@ def _resync(m: Any, at_ns: int) -> None:
     m.resyncs += 1
     now = max(at_ns, m.waker_free_ns)
     now = _send(m, RESYNC, -1, -1, 0, now)
+    m.demoted = 0
     for tid in range(m.threads):
         m.thread[tid].demoted = 0
         if m.thread[tid].state != BLOCKED:
@@ -512,6 +513,7 @@ def _done(m: Any, cpu: int, now_ns: int) -> None:
     t.ran_ns += c.left_ns
     t.work_ns = 0
     t.seq += 1
+    m.demoted -= t.demoted
     t.state, t.demoted = BLOCKED, 0
     c.seq += 1
     _trace(m, now_ns, T_RUN_END, cpu, tid, END_BLOCKED, t.ran_ns - c.ran_before_ns)
@@ -573,8 +575,9 @@ def _interrupted(m: Any, cpu: int, begin_ns: int, now_ns: int, claimant: int) ->
         m.link_stall_ns += read
         d = m.down[cpu, i]
         if d.type == DEMOTE:
-            if d.cpu_seq == c.seq:
+            if d.cpu_seq == c.seq and not m.thread[c.tid].demoted:
                 m.thread[c.tid].demoted = 1
+                m.demoted += 1
             _drop_down(m, cpu, i)
         elif d.flags & PREEMPT:
             outcome = COMMITTED if d.cpu_seq == c.seq else STALE
@@ -671,6 +674,8 @@ def _wake(m: Any, arrival_ns: int, k: int, service_ns: int, number: int, at_ns: 
 @jit_inline
 def _claim_cpu(m: Any, tid: int, at_ns: int) -> None:
     """A thread has woken: if no CPU idles, one that runs a demoted thread is interrupted."""
+    if m.demoted == 0:
+        return
     claimed = -1
     for cpu in range(m.cpus):
         c = m.cpu[cpu]

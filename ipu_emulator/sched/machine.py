@@ -133,6 +133,7 @@ MACHINE = np.dtype(
         ("preemptions", "i8"),
         ("committed", "i8"),
         ("preempt_stale", "i8"),
+        ("demoted", "i8"),  # threads that are
         ("sample_n", "i8"),
         ("trace_n", "i8"),
         ("trace_from_ns", "i8"),

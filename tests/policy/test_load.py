@@ -87,7 +87,9 @@ def test_a_file_that_ends_the_program_is_refused(refuse):
 
 def test_a_misspelt_keyword_of_the_class_is_told_with_the_nearest(refuse):
     text = mine("def cpu_idle(self, msg, txns):\n    pass\n").replace("subsystem=", "subsytem=")
-    told = "FILE:3: a policy class takes no keyword 'subsytem' (did you mean 'subsystem'?); known: subsystem, name, compiled, work_conserving"
+    told = (
+        "FILE:3: a policy class takes no keyword 'subsytem' (did you mean 'subsystem'?); known: subsystem, name, compiled, work_conserving, forgets"
+    )
     assert refuse(text) == told
 
 
@@ -204,3 +206,11 @@ def test_a_folder_may_have_py_in_its_name(tmp_path):
     folder.mkdir()
     (folder / "mine.py").write_text(mine("def cpu_idle(self, msg, txns):\n    pass\n"))
     assert load_policy(str(folder / "mine.py")).name == "mine"
+
+
+def test_a_policy_that_forgets_must_handle_every_way_to_leave(refuse):
+    text = mine(
+        "def thread_running(self, msg, txns):\n    pass\n\ndef thread_blocked(self, msg, txns):\n    pass\n\ndef thread_new(self, msg, txns):\n    pass\n"
+    )
+    told = refuse(text.replace("subsystem=", "forgets=True, subsystem="))
+    assert told.endswith("forgets threads that have left, so it must handle thread_dead, too")

@@ -68,7 +68,7 @@ def refused(write, tmp_path, monkeypatch):
         ("push(self.runq, msg.thread)", "'msg' has no 'thread'; it has: type, seq, time_ns, tid, cpu, "),
         ("self.count = 1", "'self' has no 'count'; it has: cpus, quantum_us, runq"),
         ("push(self.runk, msg.tid)", "'self' has no 'runk' (did you mean 'runq'?); it has: cpus, quantum_us, runq"),
-        ("sched.rum(txns, tid=1, cpu=0)", "'sched' has no 'rum' (did you mean 'run'?); it has: preempt, run, set_timer"),
+        ("sched.rum(txns, tid=1, cpu=0)", "'sched' has no 'rum' (did you mean 'run'?); it has: demote, preempt, run, set_timer"),
         ("push(self.runq, np.arrange(3)[0])", "'np' has no 'arrange' (did you mean 'arange'?)"),
         ("push(self.runq, msg.tid + wait)", "name 'wait' is not defined"),
         ("sched.run(txns, thread=msg.tid, cpu=0)", "sched.run takes no 'thread'; it takes (txns, tid, cpu, preempt=False)"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from waveos.policy import array, heap, heap_key, heap_pop, heap_push, heaps, per_cpu, per_thread, pop, push, ring, rings, size
+from waveos.policy import array, discard, heap, heap_key, heap_pop, heap_push, heaps, per_cpu, per_thread, pop, push, ring, rings, size
 from waveos.policy.bind import _plain
 from waveos.sched.records import MAX_CPUS, MAX_THREADS
 
@@ -97,6 +97,18 @@ def test_a_full_queue_says_so_and_keeps_what_it_holds():
         assert drain(queue, take) == [1, 2]
         with pytest.raises(IndexError, match="empty"):
             take(queue)
+
+
+@given(before=st.lists(st.integers(0, 5), max_size=CAPACITY), value=st.integers(0, 5), laps=st.integers(0, 20))
+def test_what_is_discarded_is_the_first_of_its_kind_and_the_others_keep_their_order(before, value, laps):
+    queue = _plain(np.zeros(1, ring(CAPACITY)))
+    queue.head = queue.tail = laps
+    for each in before:
+        push(queue, each)
+    assert discard(queue, value) == (value in before)
+    if value in before:
+        before.remove(value)
+    assert drain(queue, pop) == before
 
 
 def test_a_ring_works_over_many_laps_in_both_directions():

@@ -15,6 +15,9 @@ from waveos.errors import PolicyError
 from waveos.names import nearest
 from waveos.policy.bind import Bound, bind
 
+FORGETS = ("thread_new", "thread_running", "thread_blocked", "thread_dead")
+"""What a policy that `forgets` must handle: after these the thread is not in its hands."""
+
 
 class Param(float):
     """Annotation of a parameter: `quantum_us: Param = 30`. Without a value it must be given where the policy is used."""
@@ -25,7 +28,8 @@ class Policy:
 
     A method named as a message type handles it: `(self, msg, txns)`. An attribute is declared state (`ring`, `heap`, `array`, `per_cpu`, `per_thread`)
     or a `Param`. `self.cpus` is the number of CPUs. `work_conserving=False` says that it may leave a CPU idle while a thread waits;
-    `compiled=False` that it runs as plain Python (for decisions made in milliseconds, not microseconds).
+    `compiled=False` that it runs as plain Python (for decisions made in milliseconds, not microseconds); `forgets=True` that it takes threads that have left
+    out of its queues itself, and not when it comes to them.
 
     In a subsystem whose policies are always plain (`memory`, `serving`) a policy is an ordinary object: any state, made in `start`, any methods besides
     its handlers; one that handles `(self, msgs, txns)` gets a run of messages of its type as one array. It may be inherited from.
@@ -35,14 +39,17 @@ class Policy:
     subsystem: ClassVar[ModuleType]
     compiled: ClassVar[bool]
     work_conserving: ClassVar[bool]
+    forgets: ClassVar[bool]
     handlers: ClassVar[dict[str, FunctionType]]
     fields: ClassVar[dict[str, np.dtype[Any]]]
     params: ClassVar[dict[str, float | None]]
 
-    def __init_subclass__(cls, *, subsystem: ModuleType, name: str, compiled: bool = True, work_conserving: bool = True) -> None:
+    def __init_subclass__(
+        cls, *, subsystem: ModuleType, name: str, compiled: bool = True, work_conserving: bool = True, forgets: bool = False
+    ) -> None:
         declared = dict(vars(cls))
         _check_name(cls, name)
-        cls.name, cls.subsystem, cls.compiled, cls.work_conserving = name, subsystem, compiled, work_conserving
+        cls.name, cls.subsystem, cls.compiled, cls.work_conserving, cls.forgets = name, subsystem, compiled, work_conserving, forgets
         cls.handlers, cls.fields, cls.params = {}, {}, {}
         if getattr(subsystem, "PLAIN", False):
             _declare_plain(cls)
@@ -71,6 +78,9 @@ class Policy:
                     "declare ring(n), rings(k, n), heap(n), array(n), per_cpu(), per_thread(), or a parameter as `name: Param = value`"
                 )
         _check_any(cls)
+        for handler in FORGETS if forgets else ():
+            if handler not in cls.handlers:
+                raise PolicyError(f"{_where(cls, 'class')}: policy {cls.name!r} forgets threads that have left, so it must handle {handler}, too")
 
     def start(self) -> None:
         """Make the state of a plain policy: called before its first message, and again when the host's state is told anew."""

@@ -12,7 +12,7 @@ import numpy as np
 from waveos.jit import jitable, jitable_inline
 from waveos.record import MAX_CPUS, MAX_THREADS
 
-__all__ = ["array", "heap", "heap_key", "heap_pop", "heap_push", "heaps", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
+__all__ = ["array", "discard", "heap", "heap_key", "heap_pop", "heap_push", "heaps", "per_cpu", "per_thread", "pop", "push", "ring", "rings", "size"]
 
 Dtype = np.dtype[Any]
 
@@ -86,6 +86,19 @@ def pop(queue: Any) -> Any:
     value = queue.slot[queue.head % queue.slot.shape[0]]
     queue.head += 1
     return value
+
+
+@jitable
+def discard(queue: Any, value: int) -> Any:
+    """Take `value` out of a ring, wherever it stands; what stands before it keeps its order. True if it was there. Takes as long as it stands far behind."""
+    n = queue.slot.shape[0]
+    for i in range(queue.head, queue.tail):
+        if queue.slot[i % n] == value:
+            for k in range(i, queue.head, -1):
+                queue.slot[k % n] = queue.slot[(k - 1) % n]
+            queue.head += 1
+            return True
+    return False
 
 
 @jitable_inline

@@ -22,7 +22,7 @@ The laws:
   the policy does not hold is an error. If it comes back meanwhile it is offered again, and the policy then has it twice: the first that it runs is
   dropped, so that the place from before is not its place now. A policy that keeps threads otherwise than in queues forgets them in `thread_running` and
   `thread_blocked`; one that handles `thread_dead` takes the thread out of its queues there. Once nothing waits the policy is asked until it has named
-  all that have left.
+  all that have left. None of this is done for a policy that says `forgets=True`: it takes out of its queues itself all that leave.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ RUNTIME = np.dtype(
         ("threads", "i8"),
         ("ahead", "i8"),  # decisions to prestage on a busy CPU; 0: none
         ("conserving", "i8"),
+        ("forgets", "i8"),  # the policy takes threads that leave out of its queues itself
         ("now_ns", "i8"),  # the agent's clock at the last batch end
         ("basis_ns", "i8"),  # host time of the newest message
         ("txn", "i8"),  # decisions made so far
@@ -195,7 +196,7 @@ def make_runtime(
     runtime["initial_at"], runtime["initial_bytes"] = bound.initial.ctypes.data, bound.initial.nbytes
     runtime["msg_at"], runtime["orders_at"] = runtime["msg"].ctypes.data, runtime["orders"].ctypes.data
     runtime["cpus"], runtime["threads"], runtime["ahead"], runtime["conserving"] = cpus, threads, ahead, bound.policy.work_conserving
-    runtime["cpu"]["running"], runtime["next_timer_ns"] = -1, NEVER
+    runtime["forgets"], runtime["cpu"]["running"], runtime["next_timer_ns"] = bound.policy.forgets, -1, NEVER
     return runtime
 
 
@@ -436,8 +437,9 @@ def _leave(rt: Any, tid: int, state: int) -> None:
     t = rt.thread[tid]
     if t.state == RUNNABLE:
         rt.waiting -= 1
-        t.void += 1
-        rt.void += 1
+        if not rt.forgets:
+            t.void += 1
+            rt.void += 1
     elif t.state == STAGED:
         rt.cpu[t.cpu].live -= 1
         rt.live -= 1
