@@ -54,8 +54,8 @@ KEYWORDS = {
     "name": "what it is called in scenarios and tables",
     "compiled": "`False`: it runs as plain Python",
     "work_conserving": "`False`: it may leave a CPU idle while a thread waits, and no law calls that an error",
-    "forgets": "`True`: it takes a thread that has left (the host ran it, it sleeps, it ended) out of its queues itself, in `thread_running`, `thread_blocked`, "
-    "`thread_dead` and `thread_new`; wanted where a thread may stand in one queue now and in another later",
+    "forgets": "`True`: it takes a thread that has left (the host ran it, it sleeps, it ended) out of its queues itself, in `thread_running`, "
+    "`thread_blocked`, `thread_dead` and `thread_new`; wanted where a thread may stand in one queue now and in another later",
 }
 """Keywords of a policy's class statement."""
 
