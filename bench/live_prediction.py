@@ -4,8 +4,8 @@ The kernel's column is `ipu_emulator/sched/eevdf.py` with the kernel's slice and
 which the engine charges itself. The client's lateness is drawn from what was measured and added: it delays a request, and uses none of the host's time.
 
 Wave's column is the policy itself, run by the engine where things happen, as the kernel keeps the enclave's order between two decisions. What comes from
-outside takes effect later and costs the host: a quantum is longer by a decision's way, and a RANGE by hostd's work each time it is cut, or, where the
-policy demotes it, by that of lowering it and raising it again.
+outside takes effect later and costs the host: a quantum is longer by a decision's way and hostd's work, and a RANGE by that work each time it is cut, or, where
+the policy demotes it, by that of lowering it and raising it again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def host_profile(costs: Costs) -> HostProfile:
 
 @dataclass(frozen=True)
 class Enforcement:
-    """How a preemption by Wave gets done: ns from the moment it is due, and of hostd's time on the host CPU; and the policy with its quantum."""
+    """How a preemption by Wave gets done: ns from the moment it is due until hostd has the CPU, and of hostd's time there, which passes before the thread is off
+    it; and the policy with its quantum."""
 
     policy: str
     delay_ns: float
@@ -60,7 +61,7 @@ def setup_for(costs: Costs, wave: Enforcement | None, rate_per_s: float, workers
         samples = [costs.get_ns, costs.range_ns]
         policy, params = f"{eevdf.__file__}:Eevdf", {"slice_us": costs.slice_ns / 1_000, "tick_us": costs.tick_ns / 1_000}
     else:
-        quantum_ns = wave.quantum_us * 1_000 + wave.delay_ns
+        quantum_ns = wave.quantum_us * 1_000 + wave.delay_ns + wave.cpu_ns
         cuts = np.floor(costs.wave_range_ns / quantum_ns)
         acts = 2 * (cuts > 0) if wave.policy == "mlfq" else cuts
         samples = [costs.wave_get_ns, (costs.wave_range_ns + acts * wave.cpu_ns).astype(np.int64)]

@@ -91,7 +91,7 @@ def _live(m: Figures) -> Iterator[str]:
             rows.append((key.removeprefix("predicted_").replace("_", " "), f"{m[key]:,.1f}", f"{m[other]:,.1f}", _ratio(m[key], m[other])))
     yield from _table(("figure (percent of its saturation last)", "predicted", "measured", "ratio"), rows)
     yield ""
-    left_out = ", ".join(f"{m[f'{name}_disturbed_share']:.0%} ({name.replace('_', ' ')})" for name in ("kernel", "kernel_tuned", "wave"))
+    left_out = ", ".join(f"{m[f'{name}_disturbed_share']:.0%} ({name.replace('_', ' ')})" for name in ("kernel", "kernel_tuned", "wave", "wave_mlfq"))
     yield f"Of the requests at 70 % load {left_out} are left out at the median of the rounds, because the CPU itself was slow in their busy period."
     yield "Why tails are not predicted: [Live](live.md#what-it-is-worth-here)."
 
