@@ -46,8 +46,8 @@ def host_profile(costs: Costs) -> HostProfile:
 
 @dataclass(frozen=True)
 class Enforcement:
-    """How a preemption by Wave gets done: ns from the moment it is due until hostd has the CPU, and of hostd's time there, which passes before the thread is off
-    it; and the policy with its quantum."""
+    """How a preemption by Wave gets done: ns from the moment it is due until hostd has the CPU, and ns that hostd has it before the thread is off it; and the
+    policy with its quantum."""
 
     policy: str
     delay_ns: float
