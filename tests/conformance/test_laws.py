@@ -19,7 +19,10 @@ finally:
     sys.path.pop(0)
 
 MUTATIONS = {
-    "a CPU that went idle before its decision came is not kicked": ("_emit(rt, KICK, -1, cpu, KICKED)", "pass"),
+    "a CPU that went idle before its decision came is not kicked": (
+        "            elif not c.kicked:\n                c.kicked = 1\n                _emit(rt, KICK, -1, cpu, KICKED)",
+        "            elif False:\n                pass",
+    ),
     "an idle CPU's doorbell is not rung": (
         "    elif c.idle and not c.kicked:\n        flags = KICKED\n",
         "    elif c.idle and not c.kicked:\n        c.kicked = 1\n",
