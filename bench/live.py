@@ -188,7 +188,7 @@ class Bench:
             saturations[name] = self._saturation(name, saturations[KERNEL])
         metrics: dict[str, Any] = {"rate_per_s": rate} | {f"{name}_quantum_us": value for name, value in plan.quanta_us.items()}
         spread: dict[str, list[float]] = {}
-        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), *zip(WAVE, WAVE, strict=True)):
+        for label, name in ((KERNEL, KERNEL), ("kernel_tuned", tuned), *((name, name) for name in WAVE)):
             metrics[f"{label}_saturation_per_s"] = saturations[name]
             for key in FIGURES:
                 values = [getattr(each, key) for each in windows[name]]

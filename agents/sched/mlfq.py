@@ -35,7 +35,8 @@ def sleep(self, msg):
     """The thread neither runs nor waits; when it comes back it is fresh."""
     forget(self, msg.tid)
     self.is_demoted[msg.tid] = 0
-    self.running[msg.cpu] = NOTHING
+    if msg.cpu >= 0:
+        self.running[msg.cpu] = NOTHING
 
 
 class Mlfq(Policy, subsystem=sched, name="mlfq", forgets=True):

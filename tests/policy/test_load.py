@@ -214,3 +214,8 @@ def test_a_policy_that_forgets_must_handle_every_way_to_leave(refuse):
     )
     told = refuse(text.replace("subsystem=", "forgets=True, subsystem="))
     assert told.endswith("forgets threads that have left, so it must handle thread_dead, too")
+
+
+def test_a_policy_forgets_where_threads_wait_and_nowhere_else(refuse):
+    text = "from waveos import net\nfrom waveos.policy import Policy\n\nclass Mine(Policy, subsystem=net, name='mine', forgets=True):\n"
+    assert "a policy of net has nothing to forget" in refuse(text + "    def request_arrived(self, msg, txns):\n        pass\n")

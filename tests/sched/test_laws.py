@@ -823,6 +823,21 @@ def test_mlfq_takes_a_cpu_for_what_waits_when_it_demotes_and_runs_the_demoted_wh
     assert placed(host.block(3, 0).batch()) == [(1, 0)]
 
 
+def test_a_thread_that_a_policy_forgets_has_one_place_and_that_is_its_last():
+    """It was demoted, waited, and the host ran it by itself; now it is fresh, and the first of those that are."""
+    host = Host(load_policy("mlfq"), cpus=1)
+    host.run(1, 0)
+    host.batch(host.now_ns + 30_000)
+    make_way(host, 1, 2).batch()
+    host.block(2, 0, idle=False).run_undecided(1, 0).batch()
+    host.block(1, 0).batch()
+    host.run(9, 0)
+    host.wake(1, 2).batch()
+    assert placed(host.block(9, 0).batch()) == [(1, 0)]
+    host.answer(host.last[0]).batch()
+    assert placed(host.block(1, 0).batch()) == [(2, 0)]
+
+
 IDLES = "def tick(self, msg, txns):\n    sched.preempt(txns, msg.cpu, idle=True)\n"
 
 

@@ -15,9 +15,6 @@ from waveos.errors import PolicyError
 from waveos.names import nearest
 from waveos.policy.bind import Bound, bind
 
-FORGETS = ("thread_new", "thread_running", "thread_blocked", "thread_dead")
-"""What a policy that `forgets` must handle: after these the thread is not in its hands."""
-
 
 class Param(float):
     """Annotation of a parameter: `quantum_us: Param = 30`. Without a value it must be given where the policy is used."""
@@ -78,7 +75,9 @@ class Policy:
                     "declare ring(n), rings(k, n), heap(n), array(n), per_cpu(), per_thread(), or a parameter as `name: Param = value`"
                 )
         _check_any(cls)
-        for handler in FORGETS if forgets else ():
+        if forgets and not hasattr(subsystem, "LEAVING"):
+            raise PolicyError(f"{_where(cls, 'class')}: a policy of {_short(subsystem)} has nothing to forget; leave out forgets=True")
+        for handler in subsystem.LEAVING if forgets else ():
             if handler not in cls.handlers:
                 raise PolicyError(f"{_where(cls, 'class')}: policy {cls.name!r} forgets threads that have left, so it must handle {handler}, too")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from waveos.sched.records import DECISION, DECISION_TYPES, HANDLERS, MESSAGE, MESSAGE_TYPES, OUTCOME, SUBSYSTEM, Decision, Message
+from waveos.sched.records import DECISION, DECISION_TYPES, HANDLERS, LEAVING, MESSAGE, MESSAGE_TYPES, OUTCOME, SUBSYSTEM, Decision, Message
 
 if TYPE_CHECKING:
     from waveos.sched.orders import ORDERS, demote, preempt, run, set_timer
@@ -17,6 +17,7 @@ __all__ = [
     "DECISION",
     "DECISION_TYPES",
     "HANDLERS",
+    "LEAVING",
     "MESSAGE",
     "MESSAGE_TYPES",
     "ORDERS",

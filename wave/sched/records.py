@@ -76,5 +76,7 @@ DECISION: np.dtype[np.void] = record(
 
 MESSAGE_TYPES: dict[str, int] = {m.name.lower(): m.value for m in Message}
 DECISION_TYPES: dict[str, int] = {d.name.lower(): d.value for d in Decision}
+LEAVING = ("thread_new", "thread_running", "thread_blocked", "thread_dead")
+"""What a policy that `forgets` must handle: after these the thread is not in its hands."""
 HANDLERS: dict[str, int] = {m.name.lower(): m.value for m in Message if m.value < Message.TXN_OUTCOME}
 """Names a policy may give its handlers."""

@@ -159,6 +159,13 @@ def go_on(enclave: Any, hand: Hand, worker: Any) -> None:
     runs(worker.pid)
 
 
+def keeps(enclave: Any, hand: Hand, runner: Any, woken: Any) -> None:
+    """The thread that runs does not make way for one that wakes."""
+    tid = wait(enclave, hand, woken)
+    runs(runner.pid)
+    assert hand.types(tid)[-1] == "THREAD_RUNNABLE"
+
+
 def test_a_demoted_thread_makes_way_for_each_that_wakes_without_a_decision(enclave: Any) -> None:
     first, second = enclave.worker(), enclave.worker()
     hand = Hand(enclave.mechanism)
@@ -187,9 +194,7 @@ def test_a_thread_that_has_slept_is_demoted_no_more(enclave: Any) -> None:
     until(first.blocked, "it sleeps")
     place(enclave, hand, first)
     until(lambda: (enclave.mechanism.attend(), attributes.read(first.pid) == usual)[1], "it is as it was")
-    b = wait(enclave, hand, second)
-    runs(first.pid)
-    assert hand.types(b)[-1] == "THREAD_RUNNABLE"
+    keeps(enclave, hand, first, second)
 
 
 def test_a_demotion_of_what_no_longer_runs_there_is_passed_over(enclave: Any) -> None:
@@ -197,9 +202,7 @@ def test_a_demotion_of_what_no_longer_runs_there_is_passed_over(enclave: Any) ->
     hand = Hand(enclave.mechanism)
     place(enclave, hand, first)
     hand.demote(cpu_seq=hand.cpu_seq[0] - 1)
-    b = wait(enclave, hand, second)
-    runs(first.pid)
-    assert hand.types(b)[-1] == "THREAD_RUNNABLE"
+    keeps(enclave, hand, first, second)
 
 
 def test_a_demotion_ends_with_its_agent(enclave: Any) -> None:
@@ -212,9 +215,7 @@ def test_a_demotion_ends_with_its_agent(enclave: Any) -> None:
     assert attributes.read(first.pid) == usual
     hand = Hand(enclave.mechanism, generation=2)
     runs(first.pid)
-    b = wait(enclave, hand, second)
-    runs(first.pid)
-    assert "THREAD_RUNNING" not in hand.types(b)
+    keeps(enclave, hand, first, second)
 
 
 def test_a_blocked_thread_is_not_run(enclave: Any) -> None:
