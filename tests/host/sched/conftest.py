@@ -175,15 +175,15 @@ class Hand:
         os.eventfd_write(self.mechanism.doorbell, 1)
         return self._txn
 
+    def answers(self, txn: int) -> list[Any]:
+        """The outcomes of that decision so far."""
+        self.mechanism.attend()
+        outcomes = [m for m in self.listen() if m["type"] == Message.TXN_OUTCOME]
+        return [o for o in outcomes if o.reshape(1).view(OUTCOME)["txn"][0] == txn]
+
     def outcome(self, txn: int) -> Outcome:
         """What became of that decision."""
-
-        def answered() -> list[Any]:
-            self.mechanism.attend()
-            outcomes = [m for m in self.listen() if m["type"] == Message.TXN_OUTCOME]
-            return [o for o in outcomes if o.reshape(1).view(OUTCOME)["txn"][0] == txn]
-
-        return Outcome(int(until(answered, f"an outcome of transaction {txn}")[0]["outcome"]))
+        return Outcome(int(until(lambda: self.answers(txn), f"an outcome of transaction {txn}")[0]["outcome"]))
 
     def told(self, kind: Message, tid: int, after: int = 0) -> Any:
         """Wait for a message of that type about that thread, the `after`th or later of all; the message."""
@@ -211,9 +211,10 @@ class Hand:
         return self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)
 
     def demote(self, cpu: int = 0, **fields: Any) -> None:
-        """Have what runs there make way for others from now on; nothing is said of it."""
+        """Have what runs there make way for others from now on. Nothing is said of it, but of a preemption of what ran before, sent after it."""
         self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.DEMOTE, **fields)
-        self.mechanism.attend()
+        after = self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU, cpu_seq=self.cpu_seq[cpu] - 1)
+        assert self.outcome(after) is Outcome.STALE
 
 
 @pytest.fixture(params=["priority", "sched_ext"])

@@ -85,7 +85,7 @@ def test_a_decision_for_a_demoted_thread_does_not_come_before_one_that_wakes(enc
     runner.rest()
     hand.told(Message.THREAD_RUNNING, c)
     runs(third.pid)
-    assert not [m for m in hand.heard if m["type"] == Message.TXN_OUTCOME]
+    assert not hand.answers(staged)
     third.rest()
     assert hand.outcome(staged) is Outcome.COMMITTED
     runs(demoted.pid)
