@@ -16,6 +16,8 @@ import urllib.request
 
 import pytest
 
+from waveos.cli import serve
+
 openai = pytest.importorskip("openai", reason="the endpoint is tested with the openai client: pip install openai")
 pytest.importorskip("uvicorn", reason="the endpoint needs waveos[serving]")
 
@@ -71,6 +73,11 @@ def _until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_who_is_told_the_address_may_connect_at_once():
+    with serve._listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), DEADLINE_S):
+        pass
 
 
 def test_the_model_is_listed_and_found(client):

@@ -229,8 +229,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest, kernels
 def boot(kernel, tests):
-    Path(tests[0]).touch()
     try:
+        Path(tests[0]).touch()
         time.sleep(1000)
     finally:
         Path(tests[0]).unlink()

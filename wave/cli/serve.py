@@ -15,6 +15,8 @@ from waveos.cli.agentd import parameter
 from waveos.errors import ConfigError, MissingError
 
 commands = typer.Typer()
+BACKLOG = 2_048
+"""Connections that wait to be accepted."""
 
 
 class Engine(StrEnum):
@@ -98,6 +100,7 @@ def _listen(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind(address)
+        made.listen(BACKLOG)  # from here on a client may connect, though it is answered later
     except OSError as error:
         made.close()
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another port, or 0 for any") from error
