@@ -314,8 +314,9 @@ class Bench:
                 rate = share * saturations[name]
                 _tell(plan, f"{name} measured and predicted at {rate:,.0f} requests/s")
                 costs = self._costs()
-                measured = medians([self.window(name, rate, plan.seed + number) for number in range(min(plan.rounds, PREDICTED_ROUNDS))])
-                predicted = live_prediction.predict(costs, enforced, rate, plan.workers, plan.seed, max(1.0, plan.seconds))
+                seeds = range(plan.seed, plan.seed + min(plan.rounds, PREDICTED_ROUNDS))
+                measured = medians([self.window(name, rate, seed) for seed in seeds])
+                predicted = live_prediction.predict_rounds(costs, enforced, rate, plan.workers, seeds, plan.seconds)
                 for key, value in predicted.items():
                     metrics[f"predicted_{name}_{key}_{share * 100:.0f}"] = value
                     metrics[f"measured_{name}_{key}_{share * 100:.0f}"] = getattr(measured, key)

@@ -4,32 +4,39 @@ service    a burst of requests, the workers SCHED_FIFO: each runs to its end in 
            takes on the host CPU: the switch to its worker, the system call, RocksDB, and blocking. GETs by three workers, whose caches stay warm, RANGEs by all
            once more with hostd and an agent whose quantum never ends: what telling the agent of every switch costs is in Wave's times, nothing else of Wave
 cold       the same GETs by 5, 9, 17, ... workers in turn: what one takes longer for the others that have had the CPU and its caches meanwhile
-lateness   requests 60 us and more apart: sent, after it was to be sent
+lateness   requests 60 us apart: sent, after it was to be sent
 idle wake  the same: done, after it was sent, less the service: a CPU that has just fallen asleep is woken, and has cooled a little
 switch     a byte to and fro between two processes of one CPU, less the calls
 interrupt  GETs on workers of a higher real-time priority interrupt a RANGE: what it takes longer for each, less the GET and one switch; at most an idle wake,
-           of which it is a part: what is left then is what the two lose of their caches to each other, and is in nothing
+           of which it is a part
+resume     what is left then: what the two lose of their caches to each other
+pace       the same small piece of arithmetic over and over, by an ordinary process that has the host CPU to itself: how long each took, one after another.
+           Times of GETs that took more than three of the usual met a slow moment, and are left out above: the pace has those
 slice      the kernel's, from sched_getattr; the tick from the coarse clock's resolution
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from waveos.bench.live_schedulers import Enclave, polling
-from waveos.bench.live_watch import Watch, find_disturbed
+from waveos.bench.live_watch import SLOW, Watch, find_disturbed, work
 from waveos.bench.live_window import GAP_NS, quantiles_us
 from waveos.host import rocksdb
 from waveos.host.sched import attributes
 from waveos.host.sched.attributes import Attributes
 from waveos.host.service import Load, Served, Service, draw_load
+from waveos.jit import jit
+from waveos.primitives import clock_ns
 
 BURST, BURST_PER_S = 60_000, 200_000.0
 WARM = 3
@@ -39,6 +46,8 @@ TURNS = 12_000
 APART, APART_NS, APART_JITTER_NS = 15_000, 60_000, 20_000
 TRAINS, TRAIN_NS, WAGONS, WAGON_NS = 160, 4_000_000, 10, 60_000
 PINGS = 3_000
+PIECES = 500_000
+"""Of `pace`, some 3 us each."""
 NEVER_US = 10_000_000.0
 CLOCK_MONOTONIC_COARSE = 6
 """Linux's number (clock_gettime(2)); Python names only the fine one. It moves with the tick."""
@@ -53,13 +62,15 @@ class Costs:
     wave_get_ns: NDArray[np.int64]  # the same in an enclave
     wave_range_ns: NDArray[np.int64]
     cold_ns: tuple[int, ...]  # what a GET takes longer after up to 1, 2, 4, ... turns of others
-    late_ns: NDArray[np.int64]
+    late_ns: NDArray[np.int64]  # of requests every APART_NS, one after another
     wake_ns: float  # an idle CPU, until the woken thread runs
     switch_ns: float
     interrupt_ns: float  # taken by a thread that is preempted
+    resume_ns: float  # by one that goes on
     slice_ns: int
     tick_ns: int
     pipe_rtt_ns: float  # between the two CPUs
+    pace_ns: NDArray[np.int64]  # times of equal pieces of work
 
     @property
     def capacity_per_s(self) -> float:
@@ -81,6 +92,8 @@ class Costs:
             "cost_idle_wake_us": self.wake_ns / 1_000,
             "cost_switch_us": self.switch_ns / 1_000,
             "cost_interrupt_us": self.interrupt_ns / 1_000,
+            "cost_resume_us": self.resume_ns / 1_000,
+            "pace_mean": float(self.pace_ns.mean() / np.median(self.pace_ns)),
             "pipe_rtt_p50_ns": self.pipe_rtt_ns,
         }
 
@@ -109,8 +122,24 @@ def measure(service: Service, watch: Watch, host_core: int, client_core: int, se
         across = _ping(host_core, client_core)
     usual = attributes.usual_slice_ns()
     tick = round(time.clock_getres(CLOCK_MONOTONIC_COARSE) * 1e9)
-    interrupt = min(waking, longer - float(gets.mean()) - switch)
-    return Costs(gets, ranges, wave_gets, wave_ranges, cold, late, max(1.0, waking), max(1.0, switch), max(0.0, interrupt), usual, tick, across)
+    interrupted = max(0.0, longer - float(gets.mean()) - switch)
+    interrupt = min(max(0.0, waking), interrupted)
+    return Costs(
+        get_ns=gets,
+        range_ns=ranges,
+        wave_get_ns=wave_gets,
+        wave_range_ns=wave_ranges,
+        cold_ns=cold,
+        late_ns=late,
+        wake_ns=max(1.0, waking),
+        switch_ns=max(1.0, switch),
+        interrupt_ns=interrupt,
+        resume_ns=interrupted - interrupt,
+        slice_ns=usual,
+        tick_ns=tick,
+        pipe_rtt_ns=across,
+        pace_ns=_pace(host_core),
+    )
 
 
 @contextlib.contextmanager
@@ -148,7 +177,8 @@ def _service(service: Service, watch: Watch, seed: int, workers: int = 0) -> tup
     for begin_ns, end_ns in watch.slow(int(done_ns[0]), int(done_ns[-1])):
         ours &= (at_ns < begin_ns) | (at_ns > end_ns)
     took, is_range = took[ours], served.is_range[order][1:][ours]
-    return took[~is_range].astype(np.int64), took[is_range].astype(np.int64)
+    gets = took[~is_range]
+    return gets[gets <= SLOW * np.median(gets)].astype(np.int64), took[is_range].astype(np.int64)
 
 
 def _cold(service: Service, watch: Watch, seed: int) -> tuple[int, ...]:
@@ -202,6 +232,30 @@ def _ping(here: int, there: int) -> float:
         os.sched_setscheduler(0, policy, parameter)
         os.sched_setaffinity(0, before)
     return float(np.median(times))
+
+
+@jit
+def _time_pieces(took_ns: Any) -> None:
+    x, before_ns = 1, clock_ns()
+    for i in range(len(took_ns)):
+        x = work(x)
+        now_ns = clock_ns()
+        took_ns[i], before_ns = now_ns - before_ns, now_ns
+    took_ns[0] += x & 1  # so that the work is not left out
+
+
+def _pace(core: int) -> NDArray[np.int64]:
+    """`Costs.pace_ns`."""
+    took_ns = np.frombuffer(mmap.mmap(-1, 8 * PIECES), np.int64)
+    _time_pieces(took_ns[:1])
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, {core})
+        _time_pieces(took_ns)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return took_ns
 
 
 def _calls() -> float:

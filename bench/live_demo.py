@@ -49,7 +49,7 @@ def run(seconds: float, rounds: int, seed: int = 1) -> dict[str, Any]:
         scheduler, by = f"{WAVE[name]} by Wave" if name in WAVE else "the kernel's default", enforced.get(name)
         measured = live.medians(windows[name])
         rows.append(Row(scheduler, "measured", {key: getattr(measured, key) for key in KEYS}))
-        rows.append(Row(scheduler, "modelled", live_prediction.predict(costs, by, rate, WORKERS, seed, max(1.0, seconds))))
+        rows.append(Row(scheduler, "modelled", live_prediction.predict_rounds(costs, by, rate, WORKERS, range(seed, seed + rounds), seconds)))
     noisy = sum(bench.noisy) / len(bench.noisy)
     return {
         "rate_per_s": rate,

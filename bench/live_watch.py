@@ -40,18 +40,26 @@ SLICE_NS, START_S = 1_000_000_000, 60.0
 
 
 @jit
+def work(x: int) -> int:
+    """A small piece of it; what is given and returned keeps it from being left out."""
+    x |= 1
+    for _ in range(ROUNDS):
+        x ^= x << 13
+        x ^= x >> 7
+        x ^= x << 17
+    return x
+
+
+@jit
 def _watch(words: Any, until_ns: int) -> None:
     """words: how many looks there were, what keeps the work from being left out; then when each look began and how long it took, in a ring of SAMPLES."""
-    x, due_ns = words[1] | 1, clock_ns()
+    x, due_ns = words[1], clock_ns()
     while due_ns < until_ns:
         sleep_until(due_ns)
         begun_ns = took_ns = 0
         for _ in range(2):
             begun_ns = clock_ns()
-            for _ in range(ROUNDS):
-                x ^= x << 13
-                x ^= x >> 7
-                x ^= x << 17
+            x = work(x)
             took_ns = clock_ns() - begun_ns
         n = words[0]
         at = 2 + 2 * (n % SAMPLES)

@@ -105,6 +105,8 @@ class HostProfile(_Table):
     cold_ns: Annotated[tuple[Ns, ...], Field(max_length=COLD)] = ()
     """What a thread takes longer for others that have run on its CPU since it did: after up to 1, 2, 4, ... turns of theirs; of more, or after another CPU, the
     last. Empty: switch_ns is all. Of scheduling alone."""
+    resume_ns: Ns = 0
+    """What a thread that was preempted, and the one that had the CPU in its place, lose of their caches to each other; charged when it goes on. Likewise."""
 
     @model_validator(mode="after")
     def _ticks_leave_time(self) -> HostProfile:

@@ -225,7 +225,7 @@ class Simulation:
     def _costs(self, host: HostProfile) -> tuple[np.ndarray[Any, Any], bool]:
         setup = self.setup
         cost = np.zeros(1, COSTS)
-        for name in ("entry_ns", "switch_ns", "wake_ns", "pick_ns", "tick_ns", "ipi_wire_ns", "interrupt_ns"):
+        for name in ("entry_ns", "switch_ns", "wake_ns", "pick_ns", "tick_ns", "ipi_wire_ns", "interrupt_ns", "resume_ns"):
             cost[name] = getattr(host, name)
         cost["tick_period_ns"], cost["cold"] = host.tick_period_us * 1_000, any(host.cold_ns)
         if setup.placement == "kernel":

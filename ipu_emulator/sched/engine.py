@@ -422,6 +422,8 @@ def _switch(m: Any, cpu: int, tid: int, at_ns: int, told_ns: int) -> None:
     switch_ns = cost.switch_ns
     if cost.cold:
         switch_ns += _cold_ns(m, cpu, tid)
+    if t.ran_ns:
+        switch_ns += cost.resume_ns
     now += switch_ns
     m.switch_ns += switch_ns
     m.switches += 1

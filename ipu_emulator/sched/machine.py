@@ -45,6 +45,7 @@ COSTS = np.dtype(
             "ipi_wire_ns",  # of the host's own interrupts, by which it takes a CPU from a demoted thread
             "interrupt_ns",
             "cold",  # whether cold_ns holds anything
+            "resume_ns",
             "message_ns",  # the policy's own service time for a message, on the agent's core
             "inline",  # the policy runs in the kernel, on the CPU that calls it: no agent, no link
         )

@@ -27,7 +27,8 @@ def served(intended: list[int], done: list[int], is_range: list[bool] | None = N
 
 def costs(**changes: object) -> Costs:
     get, ranges, wave_get, wave_range, late = (np.array([each]) for each in (7_000, 750_000, 7_500, 760_000, 9_000))
-    plain = Costs(get, ranges, wave_get, wave_range, (0,), late, 10_000.0, 1_700.0, 1_500.0, 1_400_000, 4_000_000, 30_000.0)
+    pace = np.full(1_000, 3_000)
+    plain = Costs(get, ranges, wave_get, wave_range, (0,), late, 10_000.0, 1_700.0, 1_500.0, 0.0, 1_400_000, 4_000_000, 30_000.0, pace)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -124,6 +125,40 @@ def test_saturation_is_what_the_cpu_can_do() -> None:
     given = costs()
     assert given.capacity_per_s == pytest.approx(1e9 / (0.995 * 7_000 + 0.005 * 750_000))
     assert 0.85 * given.capacity_per_s < live_prediction.saturation(given, None, 16, seed=1) < 1.02 * given.capacity_per_s
+
+
+def test_where_the_cpu_stands_still_for_a_while_its_requests_wait_for_that_long_and_no_others() -> None:
+    still = np.full(500_000, 3_000)
+    still[::5_000] = 900_000  # 0.9 ms in every 16: shorter than what the watch sees
+    steady, stumbling = (live_prediction.predict(costs(pace_ns=pace), None, 4_000.0, 16, seed=1) for pace in (still[1:2], still))
+    assert stumbling["get_p50_us"] == pytest.approx(steady["get_p50_us"], rel=0.05)
+    assert steady["get_p99_us"] < 200 < 600 < stumbling["get_p99_us"] < 1_200
+    most = [live_prediction.saturation(costs(pace_ns=pace), None, 16, seed=1) for pace in (still[1:2], still)]
+    assert most[1] == pytest.approx(most[0] * 15 / 15.9, rel=0.001)
+
+
+def test_what_the_watch_sees_of_a_slow_cpu_is_left_out_of_the_prediction_as_of_the_measurement() -> None:
+    slow = np.full(500_000, 3_000)
+    slow[100_000:103_000] = 30_000  # for 90 ms
+    steady, told = (live_prediction.predict(costs(pace_ns=pace), None, 4_000.0, 16, seed=1) for pace in (slow[:1], slow))
+    assert told["get_p99_us"] == pytest.approx(steady["get_p99_us"], rel=0.2)
+
+
+def test_pace_and_clock_are_each_others_inverse() -> None:
+    pieces = np.random.default_rng(1).integers(1_000, 9_000, 1_000)
+    pace, times = live_prediction.Pace(pieces), np.sort(np.random.default_rng(2).integers(0, 50_000_000, 1_000))
+    assert np.abs(pace.time(pace.progress(times)) - times).max() < 10
+    assert pace.progress(np.array([0, pieces.sum(), 2 * pieces.sum()])).tolist() == [
+        0,
+        int(1_000 * np.median(pieces)),
+        int(2_000 * np.median(pieces)),
+    ]
+
+
+def test_a_preemption_that_cools_caches_costs_throughput() -> None:
+    mlfq = live_prediction.Enforcement("mlfq", delay_ns=10_000, cpu_ns=60_000, quantum_us=100)
+    most = [live_prediction.saturation(costs(resume_ns=each), mlfq, 64, seed=1) for each in (0.0, 5_000.0)]
+    assert most[1] < 0.95 * most[0]
 
 
 def run_eevdf(classes: tuple[RequestClass, ...], load_per_s: float, **more: object) -> object:

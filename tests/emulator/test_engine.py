@@ -654,11 +654,25 @@ def test_a_cpus_queue_never_takes_more_decisions_than_it_holds(tmp_path):
 # ── caches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sojourns(steps, *arrivals):
+def sojourns(steps, *arrivals, resume_ns=0, **more):
     """Of requests of 10 us one after another on one CPU, ns, where others cost a thread so much of its caches."""
-    host = load_host("ideal").model_copy(update={"cold_ns": steps})
+    host = load_host("ideal").model_copy(update={"cold_ns": steps, "resume_ns": resume_ns})
     trace = requests(*((at, 10_000, 0) for at in arrivals))
-    setup = Setup("fifo", 0.0, (GET,), placement="kernel", workers=1, threads=8, host=host, arrivals=trace, samples=99, duration_ns=1_000_000)
+    setup = Setup(
+        **{
+            "policy": "fifo",
+            "load_per_s": 0.0,
+            "classes": (GET,),
+            "placement": "kernel",
+            "workers": 1,
+            "threads": 8,
+            "host": host,
+            "arrivals": trace,
+            "samples": 99,
+            "duration_ns": 1_000_000,
+        }
+        | more
+    )
     return [int(each) for each in simulate(setup).samples["sojourn_ns"]]
 
 
@@ -671,3 +685,11 @@ def test_each_turn_of_others_cools_a_threads_caches_by_the_steps_of_the_host():
     cold = sojourns((1_000, 4_000), *[10] * 4, *[200_000] * 4)
     extra = np.diff([0, *np.subtract(cold, warm)[:4]]), np.diff([0, *np.subtract(cold, warm)[4:]])
     assert [each.tolist() for each in extra] == [[0, 1_000, 4_000, 4_000], [0, 4_000, 4_000, 4_000]]  # the one that was last comes first
+
+
+def test_a_preempted_thread_pays_for_its_caches_each_time_it_goes_on():
+    turns = {"policy": "round_robin", "params": {"quantum_us": 4}}
+    free, paid = sojourns((), 10, 10, **turns), sojourns((), 10, 10, resume_ns=500, **turns)
+    assert sojourns((), 10, resume_ns=500, **turns) == sojourns((), 10, **turns)
+    # Turns of 4 us each, the time for the caches in them: 4, 3.5 and 2.5 of work, so that both third turns take 3 us instead of 2.
+    assert np.subtract(paid, free).tolist() == [1_000, 2_000]
