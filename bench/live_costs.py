@@ -20,17 +20,19 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from waveos.bench.live_schedulers import Enclave, polling
+from waveos.bench.live_schedulers import Enclave, as_others, polling
 from waveos.bench.live_watch import SLOW, Watch, find_disturbed, work
 from waveos.bench.live_window import GAP_NS, quantiles_us
+from waveos.errors import WaveError
 from waveos.host import rocksdb
 from waveos.host.sched import attributes
 from waveos.host.sched.attributes import Attributes
@@ -205,28 +207,50 @@ def _interrupted(service: Service, watch: Watch) -> float:
     return float(np.median(took[has_gets]) - np.median(took[~has_gets])) / WAGONS
 
 
+@contextlib.contextmanager
+def _beside(core: int, task: Callable[[], object]) -> Iterator[None]:
+    """Meanwhile an ordinary process of its own does that on that CPU, and has done it at the end. Raises WaveError if it did not."""
+    pid = os.fork()
+    if pid == 0:
+        failed = True
+        try:
+            as_others()
+            os.sched_setaffinity(0, {core})
+            task()
+            failed = False
+        finally:
+            os._exit(failed)
+    try:
+        yield
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    if os.waitpid(pid, 0)[1]:
+        raise WaveError(f"what was to be measured on CPU {core} did not come to its end")
+
+
 def _ping(here: int, there: int) -> float:
     """Median round trip of a byte through two pipes between processes on two CPUs, ns."""
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
     before, policy, parameter = os.sched_getaffinity(0), os.sched_getscheduler(0), os.sched_getparam(0)
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    os.sched_setaffinity(0, {here})
-    pid = os.fork()
-    if pid == 0:
-        os.sched_setaffinity(0, {there})
+
+    def answer() -> None:
         for _ in range(PINGS):
             os.read(their_in, 1)
             os.write(their_out, b"x")
-        os._exit(0)
+
     times = []
     try:
-        for _ in range(PINGS):
-            begun = time.monotonic_ns()
-            os.write(our_out, b"x")
-            os.read(our_in, 1)
-            times.append(time.monotonic_ns() - begun)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, {here})
+        with _beside(there, answer):
+            for _ in range(PINGS):
+                begun = time.monotonic_ns()
+                os.write(our_out, b"x")
+                os.read(our_in, 1)
+                times.append(time.monotonic_ns() - begun)
     finally:
-        os.waitpid(pid, 0)
         for fd in (their_in, our_out, our_in, their_out):
             os.close(fd)
         os.sched_setscheduler(0, policy, parameter)
@@ -247,14 +271,9 @@ def _time_pieces(took_ns: Any) -> None:
 def _pace(core: int) -> NDArray[np.int64]:
     """`Costs.pace_ns`."""
     took_ns = np.frombuffer(mmap.mmap(-1, 8 * PIECES), np.int64)
-    _time_pieces(took_ns[:1])
-    pid = os.fork()
-    if pid == 0:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-        os.sched_setaffinity(0, {core})
-        _time_pieces(took_ns)
-        os._exit(0)
-    os.waitpid(pid, 0)
+    _time_pieces(took_ns[:1])  # compiles it
+    with _beside(core, lambda: _time_pieces(took_ns)):
+        pass
     return took_ns
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from waveos.bench import live, live_prediction
+from waveos.bench import live, live_costs, live_prediction
 from waveos.bench.live_costs import Costs
-from waveos.bench.live_window import Usage, gaps_ns, look_back, quantiles_us, read_usage
-from waveos.errors import ConfigError
+from waveos.bench.live_window import NEVER, Usage, gaps_ns, look_back, quantiles_us, read_usage
+from waveos.errors import ConfigError, WaveError
 from waveos.host.service import Served
 from waveos.ipu_emulator.sched import RequestClass, Service, Setup, eevdf, simulate
 
@@ -142,6 +143,29 @@ def test_what_the_watch_sees_of_a_slow_cpu_is_left_out_of_the_prediction_as_of_t
     slow[100_000:103_000] = 30_000  # for 90 ms
     steady, told = (live_prediction.predict(costs(pace_ns=pace), None, 4_000.0, 16, seed=1) for pace in (slow[:1], slow))
     assert told["get_p99_us"] == pytest.approx(steady["get_p99_us"], rel=0.2)
+
+
+def test_requests_are_late_for_as_long_and_as_often_as_those_that_came_apart() -> None:
+    late = np.full(50_000, 9_000)  # of three seconds
+    late[:5_000] = 2_000_000  # for 0.3 s of them
+    windows = [live_prediction.predict(costs(late_ns=late), None, 4_000.0, 16, seed, seconds=0.5)["get_p99_us"] for seed in range(1, 13)]
+    late_windows = sum(each > 1_900 for each in windows)
+    assert 1 <= late_windows <= 9 and sum(each < 1_000 for each in windows) == len(windows) - late_windows, windows
+
+
+def test_a_get_that_met_a_slow_moment_is_none_of_the_times_of_service() -> None:
+    took = np.full(2_000, 8_000)
+    took[::50] = 400_000
+    done_ns = np.cumsum(took)
+    service = SimpleNamespace(pids=range(3), serve=lambda *_, **__: served([0] * len(took), done_ns.tolist()))
+    watch = SimpleNamespace(slow=lambda *_: NEVER)
+    gets, ranges = live_costs._service(service, watch, seed=1)  # type: ignore[arg-type]
+    assert set(gets.tolist()) == {8_000} and not len(ranges)
+
+
+def test_what_does_not_come_to_its_end_beside_is_an_error_and_not_a_second_benchmark() -> None:
+    with pytest.raises(WaveError, match="did not come to its end"), live_costs._beside(min(os.sched_getaffinity(0)), lambda: 1 // 0):
+        pass
 
 
 def test_pace_and_clock_are_each_others_inverse() -> None:

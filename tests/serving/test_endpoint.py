@@ -16,10 +16,10 @@ import urllib.request
 
 import pytest
 
-from waveos.cli import serve
+from waveos.cli import run
 
 openai = pytest.importorskip("openai", reason="the endpoint is tested with the openai client: pip install openai")
-pytest.importorskip("uvicorn", reason="the endpoint needs waveos[serving]")
+uvicorn = pytest.importorskip("uvicorn", reason="the endpoint needs waveos[serving]")
 
 DEADLINE_S = 60.0
 
@@ -75,9 +75,15 @@ def _until(condition):
         time.sleep(0.02)
 
 
-def test_who_is_told_the_address_may_connect_at_once():
-    with serve._listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), DEADLINE_S):
-        pass
+def test_who_is_told_the_address_may_connect_at_once(monkeypatch, capsys):
+    def connect(_server, sockets):
+        with socket.create_connection(sockets[0].getsockname(), DEADLINE_S) as client:
+            connected.append(client.getpeername()[1])
+
+    connected = []
+    monkeypatch.setattr(uvicorn.Server, "run", connect)
+    assert run(["serve", "--port", "0"]) == 0
+    assert f":{connected[0]}/v1" in capsys.readouterr().err
 
 
 def test_the_model_is_listed_and_found(client):

@@ -15,8 +15,6 @@ from waveos.cli.agentd import parameter
 from waveos.errors import ConfigError, MissingError
 
 commands = typer.Typer()
-BACKLOG = 2_048
-"""Connections that wait to be accepted."""
 
 
 class Engine(StrEnum):
@@ -82,6 +80,7 @@ def serve(
     serving = service.Service(running, decides)
     app = endpoint.Endpoint(serving, name).app()
     serving.start()
+    listening.listen()  # who reads the line may connect at once, and is answered when uvicorn is there
     address, at = listening.getsockname()[:2]
     print(f"serving {name} ({engine.value}, policy {policy}) at http://{address}:{at}/v1", file=sys.stderr, flush=True)
     try:
@@ -100,7 +99,6 @@ def _listen(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind(address)
-        made.listen(BACKLOG)  # from here on a client may connect, though it is answered later
     except OSError as error:
         made.close()
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another port, or 0 for any") from error

@@ -210,11 +210,15 @@ class Hand:
         """Ask for the CPU to be given to what is staged there."""
         return self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU)
 
+    def look(self, cpu: int = 0) -> None:
+        """Wait until the CPU has taken up what was sent to it: a preemption of what ran before, sent last, is answered."""
+        last = self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU, cpu_seq=self.cpu_seq[cpu] - 1)
+        assert self.outcome(last) is Outcome.STALE
+
     def demote(self, cpu: int = 0, **fields: Any) -> None:
-        """Have what runs there make way for others from now on. Nothing is said of it, but of a preemption of what ran before, sent after it."""
+        """Have what runs there make way for others from now on, of which nothing is said."""
         self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.DEMOTE, **fields)
-        after = self.decide(-1, cpu, flags=KICKED | PREEMPT, kind=Decision.YIELD_CPU, cpu_seq=self.cpu_seq[cpu] - 1)
-        assert self.outcome(after) is Outcome.STALE
+        self.look(cpu)
 
 
 @pytest.fixture(params=["priority", "sched_ext"])

@@ -162,6 +162,7 @@ def go_on(enclave: Any, hand: Hand, worker: Any) -> None:
 def keeps(enclave: Any, hand: Hand, runner: Any, woken: Any) -> None:
     """The thread that runs does not make way for one that wakes."""
     tid = wait(enclave, hand, woken)
+    hand.look()
     runs(runner.pid)
     assert hand.types(tid)[-1] == "THREAD_RUNNABLE"
 
